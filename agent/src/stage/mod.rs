@@ -1,0 +1,195 @@
+//! The launch stage: becomes one process of a container, by one plan.
+//!
+//! It runs as two processes. The *parent* (the program as the agent starts it) joins or makes what
+//! namespaces must exist before a process is born into them, forks, and ends. The *child*, a
+//! direct child of the agent's and born in the container's cgroup, does the rest and becomes the
+//! program. [`main`] is the list of steps, in the order of the runtime specification; the reason
+//! for a place in it stands beside it.
+
+mod console;
+mod mounts;
+mod namespaces;
+mod nodes;
+mod paths;
+mod program;
+mod rootfs;
+mod user;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::ExitCode;
+
+use crate::oci::{NamespaceKind, Spec};
+use crate::plan::{
+    self, FAILURE_TEXT_BYTES_MAX, Failure, HANDOVER_FDS, Handover, Place, Plan, Report,
+};
+use crate::sys::{self, Fork};
+
+/// What a step returns.
+type Step<T = ()> = Result<T, Failure>;
+
+/// Turns an error into the failure of a named step.
+trait OrFail<T> {
+    /// The step as "cannot …" would go on.
+    fn or_fail(self, step: impl FnOnce() -> String) -> Step<T>;
+}
+
+impl<T, E: Into<io::Error>> OrFail<T> for Result<T, E> {
+    fn or_fail(self, step: impl FnOnce() -> String) -> Step<T> {
+        self.map_err(|error| Failure {
+            text: format!("cannot {}: {}", step(), error.into()),
+            is_request_at_fault: false,
+        })
+    }
+}
+
+/// The request asked for something that can't be.
+fn refusal(text: String) -> Failure {
+    Failure {
+        text,
+        is_request_at_fault: true,
+    }
+}
+
+/// Runs the stage; returns only in the parent, or when a step failed.
+pub fn main() -> ExitCode {
+    let channel = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), FIRST_FREE_FD) {
+        Ok(channel) => channel,
+        Err(error) => {
+            eprintln!("husk-agent: the launch stage has no channel: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match run(channel.as_fd()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(mut failure) => {
+            let mut end = failure.text.len().min(FAILURE_TEXT_BYTES_MAX);
+            while !failure.text.is_char_boundary(end) {
+                end -= 1;
+            }
+            failure.text.truncate(end);
+            // An agent that is not there any more has nobody to tell either.
+            let _ = plan::send(channel.as_fd(), &Report::Failed(failure), &[]);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// First descriptor that is not a standard stream.
+const FIRST_FREE_FD: i32 = 3;
+
+fn run(channel: BorrowedFd<'_>) -> Step {
+    let threads = sys::thread_count().or_fail(|| "count the threads".into())?;
+    assert_eq!(
+        threads, 1,
+        "the launch stage forks and must have one thread"
+    );
+    let (plan, streams) = take_plan(channel)?;
+    if namespaces::enter_or_prepare(channel, &plan)? == Fork::Child {
+        return become_process(channel, &plan, &streams);
+    }
+    Ok(())
+}
+
+fn take_plan(channel: BorrowedFd<'_>) -> Step<(Plan, [OwnedFd; 3])> {
+    let received = plan::receive::<Handover>(channel).or_fail(|| "receive the plan".into())?;
+    let fds = received.map(|(_, fds)| fds).unwrap_or_default();
+    let Ok([plan, stdin, stdout, stderr]) = <[OwnedFd; HANDOVER_FDS]>::try_from(fds) else {
+        return Err(io::Error::other("descriptors are missing"))
+            .or_fail(|| "receive the plan".into());
+    };
+    let plan = Plan::from_memfd(plan).or_fail(|| "read the plan".into())?;
+    Ok((plan, [stdin, stdout, stderr]))
+}
+
+/// The child's steps.
+fn become_process(channel: BorrowedFd<'_>, plan: &Plan, streams: &[OwnedFd; 3]) -> Step {
+    // The agent must know the pid before anything can end this process on its own account.
+    plan::await_order(channel).or_fail(|| "wait for the agent".into())?;
+    let process = &plan.process;
+    rustix::process::setsid().or_fail(|| "make a session".into())?;
+    // Files that are made here get the modes they are asked for.
+    rustix::process::umask(rustix::fs::Mode::empty());
+    namespaces::finish(plan)?;
+    if let Place::Create(spec) = &plan.place {
+        build_container(spec)?;
+    }
+    if process.terminal {
+        let name_console = matches!(plan.place, Place::Create(_));
+        console::attach(channel, process, name_console)?;
+    } else {
+        user::own_streams(process, streams)?;
+        console::set_streams(streams)?;
+    }
+    if let Place::Create(spec) = &plan.place {
+        seal_container(spec)?;
+        program::set_personality(spec)?;
+    }
+    console::close_on_exec()?;
+    user::set_limits(process)?;
+    // Needs privileges that the next step takes away.
+    user::bound_capabilities(process)?;
+    let filter = plan.seccomp.as_ref().map(program::compile).transpose()?;
+    if let (Some(filter), false) = (&filter, process.no_new_privileges) {
+        // Without no_new_privs only a privileged process may filter itself.
+        program::install(filter)?;
+    }
+    program::prepare_cwd(process)?;
+    user::switch(process)?;
+    program::enter_cwd(process)?;
+    if process.no_new_privileges {
+        rustix::thread::set_no_new_privs(true).or_fail(|| "set no_new_privs".into())?;
+    }
+    let program = program::find(process)?;
+    plan::send(channel, &Report::Ready, &[]).or_fail(|| "report to the agent".into())?;
+    plan::await_order(channel).or_fail(|| "wait for the start".into())?;
+    if let (Some(filter), true) = (&filter, process.no_new_privileges) {
+        program::install(filter)?;
+    }
+    program::execute(&program, process)
+}
+
+/// Everything up to the point where the container's root is the only one.
+fn build_container(spec: &Spec) -> Step {
+    let root = rootfs::prepare(spec)?;
+    for mount in &spec.mounts {
+        mounts::mount(root.as_fd(), mount)?;
+    }
+    nodes::create(root.as_fd(), spec)?;
+    rootfs::pivot(&root)?;
+    rootfs::set_propagation(spec)?;
+    if has_own(spec, NamespaceKind::Uts) || joins(spec, NamespaceKind::Uts) {
+        namespaces::name_host(spec)?;
+    }
+    Ok(())
+}
+
+/// What must come after the console's mount, and before privileges are dropped.
+fn seal_container(spec: &Spec) -> Step {
+    // Kernel parameters lie below paths that become read-only next.
+    paths::set_sysctls(spec)?;
+    for path in &spec.linux.readonly_paths {
+        paths::make_readonly(path)?;
+    }
+    for path in &spec.linux.masked_paths {
+        paths::mask(path)?;
+    }
+    if spec.root.readonly {
+        rootfs::make_readonly()?;
+    }
+    Ok(())
+}
+
+fn has_own(spec: &Spec, kind: NamespaceKind) -> bool {
+    spec.linux
+        .namespaces
+        .iter()
+        .any(|ns| ns.kind == kind && ns.path.as_ref().is_none_or(|p| p.as_os_str().is_empty()))
+}
+
+fn joins(spec: &Spec, kind: NamespaceKind) -> bool {
+    spec.linux
+        .namespaces
+        .iter()
+        .any(|ns| ns.kind == kind && ns.path.as_ref().is_some_and(|p| !p.as_os_str().is_empty()))
+}

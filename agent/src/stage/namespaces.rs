@@ -1,0 +1,223 @@
+//! Namespaces: joining, making, and being born into them.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, PidfdFlags};
+
+use super::{OrFail, Step, has_own, refusal};
+use crate::oci::{NamespaceKind, Spec};
+use crate::plan::{self, Place, Plan, Report};
+use crate::sys::{self, Fork, clone_sibling};
+
+/// Joins or makes namespaces and forks the child.
+pub(super) fn enter_or_prepare(channel: BorrowedFd<'_>, plan: &Plan) -> Step<Fork> {
+    let mut cgroup = plan.cgroup.as_deref().map(open_cgroup).transpose()?;
+    let mut flags = 0;
+    let mut fallback = None;
+    match &plan.place {
+        Place::Create(spec) => {
+            check(spec)?;
+            if has_own(spec, NamespaceKind::User) {
+                // Before all others, which then belong to it. In it, the cgroup is out of reach,
+                // so the parent goes there first and the child inherits the place.
+                if let Some(path) = &plan.cgroup {
+                    enter_cgroup(path)?;
+                    cgroup = None;
+                }
+                make_user_namespace(channel)?;
+            }
+            for namespace in &spec.linux.namespaces {
+                if let Some(path) = namespace
+                    .path
+                    .as_ref()
+                    .filter(|p| !p.as_os_str().is_empty())
+                {
+                    join(namespace.kind, path)?;
+                }
+            }
+            for kind in BORN_INTO {
+                if has_own(spec, kind) {
+                    flags |= sys::flag(clone_flag(kind).bits());
+                }
+            }
+        }
+        Place::Enter { init_pid } => {
+            fallback = Some(open_init_cgroup(*init_pid)?);
+            enter_container(*init_pid)?;
+        }
+    }
+    let mut forked = clone_sibling(flags, cgroup.as_ref().map(OwnedFd::as_fd));
+    if let (Err(_), Some(Some(init_cgroup))) = (&forked, &fallback) {
+        // A container that has cgroups of its own below its cgroup leaves no room beside them.
+        forked = clone_sibling(flags, Some(init_cgroup.as_fd()));
+    }
+    let forked = forked.or_fail(|| "make a process in the container".into())?;
+    if let Fork::Parent(pid) = forked {
+        let pid = pid.as_raw_nonzero().get();
+        plan::send(channel, &Report::Forked { pid }, &[])
+            .or_fail(|| "report to the agent".into())?;
+    }
+    Ok(forked)
+}
+
+/// What the child does about namespaces once it is in its cgroup.
+pub(super) fn finish(plan: &Plan) -> Step {
+    match &plan.place {
+        Place::Create(spec) => {
+            if has_own(spec, NamespaceKind::Cgroup) {
+                // Its root is the cgroup that the process is in at this moment.
+                unshare(CloneFlags::CLONE_NEWCGROUP)
+                    .or_fail(|| "make a cgroup namespace".into())?;
+            }
+        }
+        Place::Enter { .. } => {}
+    }
+    Ok(())
+}
+
+/// Sets what the UTS namespace holds.
+pub(super) fn name_host(spec: &Spec) -> Step {
+    if !spec.hostname.is_empty() {
+        rustix::system::sethostname(spec.hostname.as_bytes())
+            .or_fail(|| format!("set the hostname {:?}", spec.hostname))?;
+    }
+    if !spec.domainname.is_empty() {
+        rustix::system::setdomainname(spec.domainname.as_bytes())
+            .or_fail(|| format!("set the domain name {:?}", spec.domainname))?;
+    }
+    Ok(())
+}
+
+/// Namespaces that clone makes. The user namespace must be there before, the cgroup namespace
+/// after the process has got into its cgroup.
+const BORN_INTO: [NamespaceKind; 5] = [
+    NamespaceKind::Pid,
+    NamespaceKind::Mount,
+    NamespaceKind::Ipc,
+    NamespaceKind::Uts,
+    NamespaceKind::Network,
+];
+
+fn clone_flag(kind: NamespaceKind) -> CloneFlags {
+    match kind {
+        NamespaceKind::Pid => CloneFlags::CLONE_NEWPID,
+        NamespaceKind::Network => CloneFlags::CLONE_NEWNET,
+        NamespaceKind::Mount => CloneFlags::CLONE_NEWNS,
+        NamespaceKind::Ipc => CloneFlags::CLONE_NEWIPC,
+        NamespaceKind::Uts => CloneFlags::CLONE_NEWUTS,
+        NamespaceKind::User => CloneFlags::CLONE_NEWUSER,
+        NamespaceKind::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        NamespaceKind::Time => CloneFlags::from_bits_retain(libc::CLONE_NEWTIME),
+    }
+}
+
+fn check(spec: &Spec) -> Step {
+    if !has_own(spec, NamespaceKind::Mount) {
+        return Err(refusal(
+            "linux.namespaces: a container needs a mount namespace of its own".into(),
+        ));
+    }
+    if spec
+        .linux
+        .namespaces
+        .iter()
+        .any(|ns| ns.kind == NamespaceKind::Time)
+    {
+        return Err(refusal(
+            "linux.namespaces: time namespaces are not supported".into(),
+        ));
+    }
+    Ok(())
+}
+
+fn open_cgroup(path: &Path) -> Step<OwnedFd> {
+    rustix::fs::open(
+        path,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .or_fail(|| format!("open the cgroup {}", path.display()))
+}
+
+fn enter_cgroup(path: &Path) -> Step {
+    std::fs::write(path.join("cgroup.procs"), "0")
+        .or_fail(|| format!("enter the cgroup {}", path.display()))
+}
+
+/// The cgroup that init is in now.
+fn open_init_cgroup(init_pid: i32) -> Step<Option<OwnedFd>> {
+    let path = format!("/proc/{init_pid}/cgroup");
+    let Ok(text) = std::fs::read_to_string(path) else {
+        return Ok(None);
+    };
+    let Some(below) = text.lines().find_map(|line| line.strip_prefix("0::/")) else {
+        return Ok(None);
+    };
+    Ok(open_cgroup(&Path::new("/sys/fs/cgroup").join(below)).ok())
+}
+
+fn make_user_namespace(channel: BorrowedFd<'_>) -> Step {
+    unshare(CloneFlags::CLONE_NEWUSER).or_fail(|| "make a user namespace".into())?;
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    plan::send(channel, &Report::NeedsMappings { pid }, &[])
+        .or_fail(|| "report to the agent".into())?;
+    plan::await_order(channel).or_fail(|| "wait for the id mappings".into())?;
+    become_root()
+}
+
+/// Root of the user namespace; its capabilities are all there already.
+fn become_root() -> Step {
+    let (uid, gid) = (rustix::fs::Uid::ROOT, rustix::fs::Gid::ROOT);
+    rustix::thread::set_thread_res_gid(gid, gid, gid)
+        .or_fail(|| "become group 0 of the user namespace".into())?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+        .or_fail(|| "become user 0 of the user namespace".into())
+}
+
+fn join(kind: NamespaceKind, path: &Path) -> Step {
+    let step = || format!("join the {kind:?} namespace {}", path.display());
+    let file = File::open(path).or_fail(step)?;
+    setns(file.as_fd(), clone_flag(kind)).or_fail(step)
+}
+
+/// Enters every namespace of the container's that is not the agent's own.
+fn enter_container(init_pid: i32) -> Step {
+    let step = || "enter the container's namespaces".to_owned();
+    let pid = Pid::from_raw(init_pid)
+        .ok_or_else(|| io::Error::other("init has no pid"))
+        .or_fail(step)?;
+    let init = rustix::process::pidfd_open(pid, PidfdFlags::empty()).or_fail(step)?;
+    let mut flags = CloneFlags::empty();
+    for (kind, name) in NAMES {
+        let theirs = inode(PathBuf::from(format!("/proc/{init_pid}/ns/{name}"))).or_fail(step)?;
+        let ours = inode(PathBuf::from(format!("/proc/self/ns/{name}"))).or_fail(step)?;
+        if theirs != ours {
+            flags |= clone_flag(kind);
+        }
+    }
+    setns(init.as_fd(), flags).or_fail(step)?;
+    if flags.contains(CloneFlags::CLONE_NEWUSER) {
+        become_root()?;
+    }
+    Ok(())
+}
+
+fn inode(path: PathBuf) -> io::Result<u64> {
+    Ok(std::fs::metadata(path)?.ino())
+}
+
+const NAMES: [(NamespaceKind, &str); 7] = [
+    (NamespaceKind::User, "user"),
+    (NamespaceKind::Pid, "pid"),
+    (NamespaceKind::Mount, "mnt"),
+    (NamespaceKind::Ipc, "ipc"),
+    (NamespaceKind::Uts, "uts"),
+    (NamespaceKind::Network, "net"),
+    (NamespaceKind::Cgroup, "cgroup"),
+];

@@ -1,0 +1,770 @@
+//! Containers without a guest: the launch stage, streams and reaping, run on this machine.
+//!
+//! As process 1 of a bare kernel (an initrd of this program as /init, the agent and a busybox, each
+//! at its place) it prepares the machine as the agent does, and tests what only a guest has.
+//!
+//! Needs root, a cgroup v2 mount (controllers or not) and a statically linked busybox. Where one of
+//! them is missing each test says so loudly and ends.
+
+use std::fs;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use husk_agent::reaper::Reaper;
+use husk_agent::sandbox::{Config, Sandbox, SandboxError};
+use husk_agent::stdio::Ports;
+use husk_protocol::STREAM_PORT_MIN;
+use husk_protocol::messages::Stdio;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// One for all tests of this program, as there is one reaper in a process.
+struct Fixture {
+    runtime: Runtime,
+    sandbox: Sandbox,
+    directory: PathBuf,
+}
+
+fn fixture() -> Option<&'static Fixture> {
+    static FIXTURE: OnceLock<Option<Fixture>> = OnceLock::new();
+    FIXTURE
+        .get_or_init(|| match make_fixture() {
+            Ok(fixture) => Some(fixture),
+            Err(error) => {
+                eprintln!("SKIPPED: containers can't be tested here: {error:#}");
+                None
+            }
+        })
+        .as_ref()
+}
+
+fn make_fixture() -> Result<Fixture> {
+    if is_guest() {
+        husk_agent::guest::prepare()?;
+    }
+    anyhow::ensure!(rustix::process::geteuid().is_root(), "not root");
+    let cgroups = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .map(Path::new)
+        .into_iter()
+        .find(|path| path.join("cgroup.controllers").exists())
+        .context("there is no cgroup v2")?;
+    let directory = tempfile::tempdir()?.keep();
+    make_rootfs(&directory.join("rootfs"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let _context = runtime.enter();
+    let config = Config {
+        program: env!("CARGO_BIN_EXE_husk-agent").into(),
+        cgroup_parent: cgroups.join(format!("husk-test-{}", std::process::id())),
+        ports: Ports::Directory(directory.clone()),
+    };
+    let sandbox = Sandbox::new(config, Reaper::start()?);
+    drop(_context);
+    Ok(Fixture {
+        runtime,
+        sandbox,
+        directory,
+    })
+}
+
+/// Whether this is the init of a guest, with every controller at hand.
+fn is_guest() -> bool {
+    std::process::id() == 1
+}
+
+fn make_rootfs(root: &Path) -> Result<()> {
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+        .into_iter()
+        .find(|path| Path::new(path).exists())
+        .context("there is no busybox")?;
+    for name in ["bin", "proc", "dev", "sys", "tmp", "etc"] {
+        fs::create_dir_all(root.join(name))?;
+    }
+    fs::copy(busybox, root.join("bin/busybox"))?;
+    for name in [
+        "sh",
+        "cat",
+        "echo",
+        "sleep",
+        "id",
+        "hostname",
+        "stty",
+        "ls",
+        "touch",
+        "head",
+        "grep",
+        "sha256sum",
+        "ps",
+        "kill",
+        "true",
+        "pwd",
+        "umask",
+        "wc",
+        "tr",
+        "mount",
+        "tty",
+        "readlink",
+    ] {
+        let _ = std::os::unix::fs::symlink("busybox", root.join("bin").join(name));
+    }
+    fs::write(root.join("etc/plain"), "not a program\n")?;
+    Ok(())
+}
+
+/// A container under test.
+struct Container {
+    fixture: &'static Fixture,
+    id: String,
+}
+
+/// The host's side of a process's streams.
+struct Streams {
+    request: Stdio,
+    directory: PathBuf,
+}
+
+impl Fixture {
+    fn run<T>(&'static self, test: impl Future<Output = Result<T>>) -> T {
+        self.runtime
+            .block_on(async { tokio::time::timeout(DEADLINE, test).await })
+            .expect("the test is over in time")
+            .expect("the test succeeds")
+    }
+
+    fn container(&'static self, id: &str) -> Container {
+        Container {
+            fixture: self,
+            id: id.to_owned(),
+        }
+    }
+
+    fn streams(&self) -> Streams {
+        static PORT: AtomicU32 = AtomicU32::new(STREAM_PORT_MIN);
+        let port = || PORT.fetch_add(1, Ordering::Relaxed);
+        Streams {
+            request: Stdio {
+                stdin: port(),
+                stdout: port(),
+                stderr: port(),
+                ..Stdio::default()
+            },
+            directory: self.directory.clone(),
+        }
+    }
+
+    fn spec(&self, args: &[&str]) -> Value {
+        json!({
+            "ociVersion": "1.1.0",
+            "root": {"path": self.directory.join("rootfs")},
+            "process": process(args),
+            "hostname": "tested",
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+                 "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+                {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+                 "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]},
+                {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue"},
+                {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}
+            ],
+            "linux": {
+                "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"},
+                    {"type": "uts"}, {"type": "cgroup"}, {"type": "network"}],
+                "maskedPaths": ["/proc/version", "/proc/acpi", "/proc/no-such-file"],
+                "readonlyPaths": ["/proc/sys"]
+            }
+        })
+    }
+}
+
+fn process(args: &[&str]) -> Value {
+    let capabilities = [
+        "CAP_CHOWN",
+        "CAP_KILL",
+        "CAP_SETUID",
+        "CAP_SETGID",
+        "CAP_DAC_OVERRIDE",
+    ];
+    json!({
+        "args": args,
+        "cwd": "/",
+        "env": ["PATH=/bin"],
+        "user": {"uid": 0, "gid": 0},
+        "noNewPrivileges": true,
+        "capabilities": {"bounding": capabilities, "effective": capabilities,
+            "permitted": capabilities},
+        "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 512, "hard": 1024}]
+    })
+}
+
+impl Streams {
+    async fn connect(&self, port: u32) -> Result<UnixStream> {
+        Ok(UnixStream::connect(self.directory.join(port.to_string())).await?)
+    }
+
+    /// Sends the input, reads both outputs to their ends.
+    async fn exchange(&self, input: &[u8]) -> Result<(Vec<u8>, Vec<u8>)> {
+        let mut stdin = self.connect(self.request.stdin).await?;
+        let mut stdout = self.connect(self.request.stdout).await?;
+        let mut stderr = self.connect(self.request.stderr).await?;
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        tokio::try_join!(
+            async {
+                // A process need not read what it is given.
+                let _ = stdin.write_all(input).await;
+                let _ = stdin.shutdown().await;
+                Ok(())
+            },
+            stdout.read_to_end(&mut out),
+            stderr.read_to_end(&mut err),
+        )?;
+        Ok((out, err))
+    }
+}
+
+impl Container {
+    async fn create(&self, spec: &Value, stdio: &Stdio) -> Result<i32, SandboxError> {
+        let spec = spec.to_string();
+        self.fixture
+            .sandbox
+            .create(&self.id, spec.as_bytes(), stdio)
+            .await
+    }
+
+    async fn start(&self) -> Result<()> {
+        self.fixture.sandbox.start(&self.id, "").await?;
+        Ok(())
+    }
+
+    async fn wait(&self) -> Result<u32> {
+        Ok(self.fixture.sandbox.wait(&self.id, "").await?.status)
+    }
+
+    async fn delete(&self) -> Result<()> {
+        Ok(self.fixture.sandbox.delete(&self.id).await?)
+    }
+
+    /// Runs to the end: status, output, errors.
+    async fn run(&self, spec: &Value, input: &[u8]) -> Result<(u32, String, String)> {
+        let streams = self.fixture.streams();
+        self.create(spec, &streams.request).await?;
+        self.start().await?;
+        let (out, err) = streams.exchange(input).await?;
+        let status = self.wait().await?;
+        self.delete().await?;
+        Ok((status, String::from_utf8(out)?, String::from_utf8(err)?))
+    }
+
+    /// Starts a container that lives until it is killed.
+    async fn sleep(&self) -> Result<()> {
+        self.create(&self.fixture.spec(&["sleep", "1000"]), &Stdio::default())
+            .await?;
+        self.start().await
+    }
+
+    async fn end(&self) -> Result<u32> {
+        self.fixture.sandbox.signal(&self.id, "", 9, true)?;
+        let status = self.wait().await?;
+        self.delete().await?;
+        Ok(status)
+    }
+
+    async fn exec(&self, exec_id: &str, process: &Value, input: &[u8]) -> Result<(u32, String)> {
+        let streams = self.fixture.streams();
+        let sandbox = &self.fixture.sandbox;
+        let text = process.to_string();
+        sandbox.add_process(&self.id, exec_id, text.as_bytes(), &streams.request)?;
+        sandbox.start(&self.id, exec_id).await?;
+        let (out, _) = streams.exchange(input).await?;
+        let exit = sandbox.wait(&self.id, exec_id).await?;
+        sandbox.delete_process(&self.id, exec_id)?;
+        Ok((exit.status, String::from_utf8(out)?))
+    }
+}
+
+#[test]
+fn missing_command_is_named_and_leaves_nothing() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("missing");
+        let spec = fixture.spec(&["no-such-command"]);
+        let error = container
+            .create(&spec, &Stdio::default())
+            .await
+            .unwrap_err();
+        let text = r#"exec: "no-such-command": executable file not found in $PATH"#;
+        assert_eq!(error.to_string(), text);
+        assert!(fixture.sandbox.container("missing").is_err());
+        container.run(&fixture.spec(&["true"]), b"").await?;
+        Ok(())
+    });
+}
+
+#[test]
+fn missing_root_is_named() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let mut spec = fixture.spec(&["true"]);
+        spec["root"]["path"] = "/no/such/root".into();
+        let container = fixture.container("rootless");
+        let error = container
+            .create(&spec, &Stdio::default())
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("/no/such/root"), "{error}");
+        Ok(())
+    });
+}
+
+#[test]
+fn file_without_permission_is_denied() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("denied");
+        let spec = fixture.spec(&["/etc/plain"]);
+        let error = container
+            .create(&spec, &Stdio::default())
+            .await
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            r#"exec: "/etc/plain": permission denied"#
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn exit_status_and_output_come_back() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let spec = fixture.spec(&["sh", "-c", "cat; echo oops >&2; exit 7"]);
+        let (status, out, err) = fixture.container("seven").run(&spec, b"hello").await?;
+        assert_eq!((status, out.as_str(), err.as_str()), (7, "hello", "oops\n"));
+        Ok(())
+    });
+}
+
+#[test]
+fn output_can_be_opened_again_by_name() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let mut spec = fixture.spec(&["sh", "-c", "echo again > /dev/stdout"]);
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+        let (status, out, err) = fixture.container("again").run(&spec, b"").await?;
+        assert_eq!((status, out.as_str(), err.as_str()), (0, "again\n", ""));
+        Ok(())
+    });
+}
+
+#[test]
+fn many_bytes_pass_unchanged_both_ways() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let input: Vec<u8> = (0..20_000_000u32).map(|n| (n % 251) as u8 % 127).collect();
+        let spec = fixture.spec(&["cat"]);
+        let (status, out, _) = fixture.container("bytes").run(&spec, &input).await?;
+        assert_eq!(status, 0);
+        assert!(
+            out.as_bytes() == input,
+            "{} of {} bytes",
+            out.len(),
+            input.len()
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn container_sees_itself_alone() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let script = "echo $$; hostname; cat /proc/self/cgroup | grep 0::; ls / | head -1; \
+            touch /proc/sys/x 2>/dev/null || echo sealed; cat /proc/version | wc -c; \
+            grep -c / /proc/self/mountinfo > /dev/null; readlink /dev/fd; id -u; umask; \
+            grep NoNewPrivs /proc/self/status; grep CapBnd /proc/self/status; ls /proc/self/fd | wc -l";
+        let spec = fixture.spec(&["sh", "-c", script]);
+        let (status, out, err) = fixture.container("alone").run(&spec, b"").await?;
+        let expected = "1\ntested\n0::/\nbin\nsealed\n0\n/proc/self/fd\n0\n0022\nNoNewPrivs:\t1\n\
+            CapBnd:\t00000000000000e3\n4\n";
+        assert_eq!((status, out.as_str(), err.as_str()), (0, expected, ""));
+        Ok(())
+    });
+}
+
+#[test]
+fn read_only_root_can_not_be_written() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let mut spec = fixture.spec(&["sh", "-c", "touch /here 2>&1; touch /tmp/there && echo ok"]);
+        spec["root"]["readonly"] = true.into();
+        let (_, out, _) = fixture.container("readonly").run(&spec, b"").await?;
+        assert_eq!(out, "touch: /here: Read-only file system\nok\n");
+        Ok(())
+    });
+}
+
+#[test]
+fn bound_file_is_seen_and_read_only() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let source = fixture.directory.join("bound");
+        fs::write(&source, "from outside\n")?;
+        let mut spec = fixture.spec(&["sh", "-c", "cat /etc/deep/name; echo x > /etc/deep/name"]);
+        let mount = json!({"destination": "/etc/deep/name", "type": "bind", "source": source,
+            "options": ["rbind", "ro", "rprivate"]});
+        spec["mounts"].as_array_mut().context("mounts")?.push(mount);
+        let (status, out, _) = fixture.container("bound").run(&spec, b"").await?;
+        assert_eq!((status, out.as_str()), (1, "from outside\n"));
+        Ok(())
+    });
+}
+
+#[test]
+fn missing_working_directory_is_made() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let mut spec = fixture.spec(&["pwd"]);
+        spec["process"]["cwd"] = "/tmp/made/here".into();
+        let (_, out, _) = fixture.container("cwd").run(&spec, b"").await?;
+        assert_eq!(out, "/tmp/made/here\n");
+        Ok(())
+    });
+}
+
+#[test]
+fn user_outside_of_the_mapping_is_refused() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let mut spec = user_namespace(fixture, &["id", "-u"]);
+        spec["process"]["user"] = json!({"uid": 70000, "gid": 0});
+        let container = fixture.container("unmapped");
+        let error = container
+            .create(&spec, &Stdio::default())
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("become user 70000"), "{error}");
+        Ok(())
+    });
+}
+
+#[test]
+fn user_namespace_maps_ids() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let spec = user_namespace(fixture, &["sh", "-c", "id -u; cat /proc/self/uid_map"]);
+        let (status, out, err) = fixture.container("mapped").run(&spec, b"").await?;
+        let words: Vec<&str> = out.split_whitespace().collect();
+        assert_eq!(
+            (status, words, err.as_str()),
+            (0, vec!["0", "0", "0", "1000"], "")
+        );
+        Ok(())
+    });
+}
+
+fn user_namespace(fixture: &Fixture, args: &[&str]) -> Value {
+    let mut spec = fixture.spec(args);
+    let map = json!([{"containerID": 0, "hostID": 0, "size": 1000}]);
+    spec["linux"]["uidMappings"] = map.clone();
+    spec["linux"]["gidMappings"] = map;
+    spec["linux"]["namespaces"]
+        .as_array_mut()
+        .expect("the spec has namespaces")
+        .push(json!({"type": "user"}));
+    spec
+}
+
+#[test]
+fn seccomp_profile_is_in_force() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let mut spec = fixture.spec(&["sh", "-c", "hostname other 2>&1; hostname"]);
+        spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["uname"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]});
+        let (_, out, err) = fixture.container("filtered").run(&spec, b"").await?;
+        assert!(!out.contains("tested"), "{out} {err}");
+        Ok(())
+    });
+}
+
+#[test]
+fn killed_container_ends_with_137() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("killed");
+        container.sleep().await?;
+        assert_eq!(container.end().await?, 137);
+        Ok(())
+    });
+}
+
+#[test]
+fn container_that_never_started_can_be_killed_and_deleted() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("unstarted");
+        container
+            .create(&fixture.spec(&["true"]), &Stdio::default())
+            .await?;
+        assert!(matches!(
+            container.delete().await.unwrap_err().downcast()?,
+            SandboxError::ContainerRuns(_)
+        ));
+        assert_eq!(container.end().await?, 137);
+        Ok(())
+    });
+}
+
+#[test]
+fn second_container_of_the_same_id_is_refused() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("twice");
+        container.sleep().await?;
+        let spec = fixture.spec(&["true"]);
+        let error = container
+            .create(&spec, &Stdio::default())
+            .await
+            .unwrap_err();
+        assert!(matches!(error, SandboxError::ContainerExists(_)));
+        container.end().await?;
+        Ok(())
+    });
+}
+
+#[test]
+fn exec_runs_in_the_container() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("entered");
+        container.sleep().await?;
+        let script = process(&[
+            "sh",
+            "-c",
+            "hostname; cat; cat /proc/self/cgroup | grep 0::; exit 5",
+        ]);
+        let (status, out) = container.exec("one", &script, b"in\n").await?;
+        assert_eq!((status, out.as_str()), (5, "tested\nin\n0::/\n"));
+        container.end().await?;
+        Ok(())
+    });
+}
+
+#[test]
+fn exec_of_a_missing_command_fails_at_start() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("misexec");
+        container.sleep().await?;
+        let error = container
+            .exec("bad", &process(&["nope"]), b"")
+            .await
+            .unwrap_err();
+        let text = r#"exec: "nope": executable file not found in $PATH"#;
+        assert_eq!(error.to_string(), text);
+        assert!(matches!(
+            fixture.sandbox.wait("misexec", "bad").await,
+            Err(SandboxError::NeverRan(_))
+        ));
+        fixture.sandbox.delete_process("misexec", "bad")?;
+        container.end().await?;
+        Ok(())
+    });
+}
+
+#[test]
+fn exec_in_an_ended_container_is_refused() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("ended");
+        container
+            .create(&fixture.spec(&["true"]), &Stdio::default())
+            .await?;
+        container.start().await?;
+        container.wait().await?;
+        let error = container
+            .exec("late", &process(&["true"]), b"")
+            .await
+            .unwrap_err();
+        assert!(matches!(
+            error.downcast()?,
+            SandboxError::ContainerStopped(_)
+        ));
+        container.delete().await
+    });
+}
+
+#[test]
+fn many_execs_leave_no_descriptor_behind() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("many");
+        container.sleep().await?;
+        for round in 0..50 {
+            let exec_id = format!("exec-{round}");
+            let (status, _) = container.exec(&exec_id, &process(&["true"]), b"").await?;
+            assert_eq!(status, 0);
+        }
+        assert_eq!(fixture.sandbox.container("many")?.processes()?.len(), 1);
+        container.end().await?;
+        Ok(())
+    });
+}
+
+#[test]
+fn processes_are_listed_with_their_exec_ids() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("listed");
+        container.sleep().await?;
+        let text = process(&["sh", "-c", "sleep 1000 & wait"]).to_string();
+        let sandbox = &fixture.sandbox;
+        sandbox.add_process("listed", "shell", text.as_bytes(), &Stdio::default())?;
+        sandbox.start("listed", "shell").await?;
+        let mut names: Vec<_> = sandbox
+            .container("listed")?
+            .processes()?
+            .into_iter()
+            .filter_map(|(_, name)| name)
+            .collect();
+        names.sort();
+        assert_eq!(names, ["", "shell"]);
+        container.end().await?;
+        assert!(sandbox.container("listed").is_err());
+        Ok(())
+    });
+}
+
+#[test]
+fn paused_container_stands_still() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("paused");
+        container.sleep().await?;
+        let cgroup = fixture.sandbox.container("paused")?.cgroup.clone();
+        cgroup.freeze(true).await?;
+        let events = fs::read_to_string(cgroup.path().join("cgroup.events"))?;
+        assert!(events.contains("frozen 1"), "{events}");
+        cgroup.freeze(false).await?;
+        container.end().await?;
+        Ok(())
+    });
+}
+
+#[test]
+fn terminal_has_its_size_and_ends_with_the_process() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let container = fixture.container("terminal");
+        let mut spec = fixture.spec(&[
+            "sh",
+            "-c",
+            "stty size; tty; read line; stty size; echo $line",
+        ]);
+        spec["process"]["terminal"] = true.into();
+        spec["process"]["consoleSize"] = json!({"height": 30, "width": 100});
+        let mut streams = fixture.streams();
+        (streams.request.stdout, streams.request.stderr) = (0, 0);
+        container.create(&spec, &streams.request).await?;
+        let mut terminal = streams.connect(streams.request.stdin).await?;
+        container.start().await?;
+        let mut seen = String::new();
+        while !seen.contains("/dev/pts/0\r\n") {
+            let mut bytes = [0; 256];
+            let length = terminal.read(&mut bytes).await?;
+            anyhow::ensure!(length > 0, "the terminal ended early: {seen:?}");
+            seen.push_str(&String::from_utf8_lossy(&bytes[..length]));
+        }
+        fixture.sandbox.resize("terminal", "", 80, 24)?;
+        terminal.write_all(b"typed\n").await?;
+        terminal.read_to_string(&mut seen).await?;
+        assert_eq!(seen, "30 100\r\n/dev/pts/0\r\ntyped\r\n24 80\r\ntyped\r\n");
+        assert_eq!(container.wait().await?, 0);
+        container.delete().await
+    });
+}
+
+#[test]
+fn stream_port_below_the_range_is_refused() {
+    let Some(fixture) = fixture() else { return };
+    fixture.run(async {
+        let stdio = Stdio {
+            stdout: 1024,
+            ..Stdio::default()
+        };
+        let container = fixture.container("low");
+        let error = container
+            .create(&fixture.spec(&["true"]), &stdio)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, SandboxError::Stdio(_)));
+        Ok(())
+    });
+}
+
+#[test]
+fn limits_are_seen_inside_the_guest() {
+    let Some(fixture) = fixture() else { return };
+    if !is_guest() {
+        eprintln!("SKIPPED: limits need a machine of our own");
+        return;
+    }
+    fixture.run(async {
+        let mut spec = fixture.spec(&[
+            "sh",
+            "-c",
+            "cd /cg; cat memory.max pids.max cpu.max; \
+            cat /dev/kmsg 2>&1 | head -1; touch made && echo rw; echo 1 > memory.max",
+        ]);
+        spec["linux"]["resources"] = json!({
+            "memory": {"limit": 64 << 20}, "pids": {"limit": 50},
+            "cpu": {"quota": 50000, "period": 100000, "shares": 512},
+            "devices": [{"allow": false, "access": "rwm"}]});
+        let mounts = spec["mounts"].as_array_mut().context("mounts")?;
+        mounts.push(
+            json!({"destination": "/cg", "type": "cgroup", "source": "cgroup",
+            "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}),
+        );
+        spec["linux"]["devices"] = json!([{"type": "c", "path": "/dev/kmsg", "major": 1,
+            "minor": 11}]);
+        let (_, out, err) = fixture.container("limited").run(&spec, b"").await?;
+        let expected = "67108864\n50\n50000 100000\n\
+            cat: can't open '/dev/kmsg': Operation not permitted\n";
+        assert_eq!(out, expected, "{err}");
+        Ok(())
+    });
+}
+
+#[test]
+fn out_of_memory_is_told() {
+    let Some(fixture) = fixture() else { return };
+    if !is_guest() {
+        eprintln!("SKIPPED: limits need a machine of our own");
+        return;
+    }
+    fixture.run(async {
+        let container = fixture.container("oom");
+        let mut spec = fixture.spec(&[
+            "sh",
+            "-c",
+            "x=$(cat /dev/zero | head -c 99999999 | tr '\\0' x)",
+        ]);
+        spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20}});
+        container.create(&spec, &Stdio::default()).await?;
+        let cgroup = fixture.sandbox.container("oom")?.cgroup.clone();
+        container.start().await?;
+        assert!(cgroup.oom_kills_above(0).await? > 0);
+        container.wait().await?;
+        container.delete().await
+    });
+}
