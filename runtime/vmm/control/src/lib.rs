@@ -1,0 +1,204 @@
+//! Messages between a VMM process and its parent.
+//!
+//! They travel on one `AF_UNIX` `SOCK_SEQPACKET` socket, a datagram each: JSON, and descriptors as
+//! `SCM_RIGHTS`. The parent owns the other end; when it hangs up, the VMM ends.
+//!
+//! | from | message |
+//! |---|---|
+//! | parent | [`Request`], with the descriptors that its [`Call`] names, in that order |
+//! | VMM | [`Message::Launched`] once, [`Message::Reply`] to each request, [`Message::Event`] |
+//!
+//! A call that does not fit the state of the machine, or comes with other descriptors than it
+//! names, is answered with a [`Failure`] and changes nothing. A [`Call::Boot`] that fails is the
+//! end: [`Event::Exited`] follows. So does it after a datagram that is no request, which can't be
+//! answered for want of an id.
+
+mod channel;
+
+use serde::{Deserialize, Serialize};
+
+pub use channel::{Channel, ChannelError, DESCRIPTORS_MAX, MESSAGE_BYTES_MAX};
+
+/// The descriptor on which a VMM process finds its control socket: standard input, the one that
+/// a parent can hand over without running code of its own between fork and exec.
+pub const CONTROL_FD: i32 = 0;
+
+/// One call, and the id its reply will carry.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Chosen by the parent; never reused while a reply is outstanding.
+    pub id: u64,
+    /// What to do.
+    pub call: Call,
+}
+
+/// What a parent asks of a VMM.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case", tag = "call")]
+pub enum Call {
+    /// Builds the machine and enters the jail; the guest does not run yet. The first call, once.
+    /// Descriptors: /dev/kvm, guest kernel, initrd, console log (opened for writing),
+    /// agent stream (one end of a `SOCK_STREAM` pair).
+    Boot(BootConfig),
+    /// Runs the first guest instruction. Once, after `Boot`.
+    Start,
+    /// Connects a vsock port of the guest to descriptors. Answered when the guest has accepted
+    /// or refused. Descriptors: the source if [`Connect::source`], then the sink if
+    /// [`Connect::sink`]; or a single socket if [`Connect::duplex`].
+    Connect(Connect),
+    /// Stops all vCPUs at an instruction boundary; answered when they stand still.
+    Pause,
+    /// Lets the vCPUs run again.
+    Resume,
+    /// Ends the virtual machine at once, whatever the guest does.
+    Stop,
+    /// Asks for the counters of the machine.
+    Metrics,
+}
+
+/// The machine to build.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootConfig {
+    /// Number of virtual CPUs, 1 to [`VCPUS_MAX`].
+    pub vcpus: u8,
+    /// Guest memory in MiB, [`MEMORY_MIB_MIN`] to [`MEMORY_MIB_MAX`].
+    pub memory_mib: u32,
+    /// Added to the kernel's command line, which is otherwise the VMM's own.
+    #[serde(default)]
+    pub cmdline_extra: String,
+    /// Absolute path of the directory that becomes the VMM's root and the guest's share.
+    pub shared_dir: String,
+    /// Absolute path of the cgroup v2 directory to join before the guest runs; empty: stay.
+    #[serde(default)]
+    pub cgroup_dir: String,
+    /// How long the guest may believe names and attributes of the share, in milliseconds.
+    pub share_cache_ms: u64,
+}
+
+/// Most virtual CPUs a machine may have.
+pub const VCPUS_MAX: u8 = 64;
+/// Least guest memory, in MiB, a stock kernel and the agent get up in.
+pub const MEMORY_MIB_MIN: u32 = 64;
+/// Most guest memory in MiB.
+pub const MEMORY_MIB_MAX: u32 = 1024 * 1024;
+
+/// A vsock connection to be made from the host to the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Connect {
+    /// The port on which the guest listens.
+    pub port: u32,
+    /// The parent's name for the connection, carried by [`Event::StreamClosed`].
+    pub stream: u64,
+    /// A descriptor is sent whose bytes go to the guest; its end closes the guest's input.
+    #[serde(default)]
+    pub source: bool,
+    /// A descriptor is sent that the guest's bytes are written to.
+    #[serde(default)]
+    pub sink: bool,
+    /// One socket is sent that serves as both.
+    #[serde(default)]
+    pub duplex: bool,
+}
+
+/// What a VMM says.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case", tag = "message")]
+pub enum Message {
+    /// The jailed process exists. Carries one descriptor, its pidfd. It is a direct child of
+    /// the parent.
+    Launched {
+        /// The pid in the namespace of the parent.
+        pid: i32,
+    },
+    /// The answer to the request of that id.
+    Reply {
+        /// See [`Request::id`].
+        id: u64,
+        /// What came of it.
+        result: Result<Answer, Failure>,
+    },
+    /// Something happened.
+    Event(Event),
+}
+
+/// The answer to a call that succeeded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case", tag = "answer")]
+pub enum Answer {
+    /// Done; nothing more to say.
+    Done,
+    /// To [`Call::Metrics`].
+    Metrics(Metrics),
+}
+
+/// Why a call failed, for people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(deny_unknown_fields)]
+#[error("{text}")]
+pub struct Failure {
+    /// A sentence that names the thing and what was wrong.
+    pub text: String,
+}
+
+/// What a VMM reports of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case", tag = "event")]
+pub enum Event {
+    /// Both directions of a connection are over, every byte the guest sent is written to the
+    /// sink, and the descriptors are closed.
+    StreamClosed {
+        /// See [`Connect::stream`].
+        stream: u64,
+        /// Bytes that went to the guest.
+        sent: u64,
+        /// Bytes that came from the guest.
+        received: u64,
+    },
+    /// The virtual machine has ended; the process follows. The last message.
+    Exited {
+        /// How.
+        reason: ExitReason,
+    },
+}
+
+/// How a virtual machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case", tag = "reason")]
+pub enum ExitReason {
+    /// The guest powered itself off, or [`Call::Stop`] ended it.
+    Stopped,
+    /// The guest asked for a reset; a kernel that panics does.
+    Reset,
+    /// The guest's CPU shut down after a triple fault.
+    TripleFault,
+    /// The VMM could not go on.
+    Error {
+        /// A sentence that says why.
+        text: String,
+    },
+}
+
+/// Counters since the machine was built.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// Exits from the guest to the VMM process, by all vCPUs.
+    pub exits_io: u64,
+    /// See `exits_io`.
+    pub exits_mmio: u64,
+    /// vsock connections ever made.
+    pub vsock_connections: u64,
+    /// vsock connections open now.
+    pub vsock_open: u64,
+    /// FUSE requests served.
+    pub fs_requests: u64,
+    /// Bytes read from the share by the guest.
+    pub fs_read_bytes: u64,
+    /// Bytes written to the share by the guest.
+    pub fs_written_bytes: u64,
+    /// Inodes of the share the guest has not forgotten.
+    pub fs_inodes: u64,
+}

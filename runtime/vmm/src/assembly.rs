@@ -1,0 +1,198 @@
+//! From a boot request to a machine that stands still, in its jail, every thread confined.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+use husk_virtiofs::{CachePolicy, Options, Server, ServerError};
+use husk_vmm_control::{ExitReason, Metrics};
+
+use crate::boot_request::Boot;
+use crate::control::{Guest, describe};
+use crate::device::Device;
+use crate::devices::console::ConsoleDevice;
+use crate::devices::fs::{FsDevice, FsError, REQUEST_QUEUES_MAX};
+use crate::devices::rng::RngDevice;
+use crate::devices::vsock::{VsockDevice, VsockHandle};
+use crate::end::EndReason;
+use crate::jail::{self, JailError, Jailed};
+use crate::machine::{Blueprint, BuildError, Config, LaunchError, Machine};
+use crate::seccomp::{Filters, SeccompError, ThreadKind};
+use crate::threads::ThreadSetup;
+use crate::vcpu::PauseError;
+
+/// How long threads may take to confine themselves, on a host that is very busy.
+const CONFINE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A machine at the disposal of the control loop.
+pub(crate) struct Assembled {
+    pub(crate) guest: JailedGuest,
+    pub(crate) vsock: VsockHandle,
+}
+
+/// Which part could not be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AssembleError {
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
+    #[error("cannot serve the shared directory")]
+    Share(#[from] ServerError),
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    #[error("cannot make the vsock device")]
+    Vsock(#[source] io::Error),
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error("a thread has not confined itself within {CONFINE_TIMEOUT:?}")]
+    Unconfined,
+}
+
+/// Enters the jail and builds the machine. When it returns, this thread and all others are
+/// confined.
+pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
+    let jailed = jail::enter(&boot.shared_dir, boot.cgroup_dir.as_deref())?;
+    let filters = Filters::compile()?;
+    let server = share(jailed, boot.share_cache_ms)?;
+    let queues = usize::from(boot.vcpus).min(REQUEST_QUEUES_MAX);
+    let fs = FsDevice::new(&server, queues, &filters)?;
+    let (vsock, handle) = VsockDevice::new(boot.files.agent).map_err(AssembleError::Vsock)?;
+    let devices: Vec<Box<dyn Device>> = vec![
+        Box::new(vsock),
+        Box::new(fs),
+        Box::new(RngDevice),
+        Box::new(ConsoleDevice::new(boot.files.console)),
+    ];
+    let threads = devices.len() + usize::from(boot.vcpus);
+    let blueprint = Blueprint::build(Config {
+        vcpus: boot.vcpus,
+        memory_bytes: u64::from(boot.memory_mib) << 20,
+        kernel: boot.files.kernel,
+        initrd: boot.files.initrd,
+        cmdline_extra: boot.cmdline_extra,
+        kvm: boot.files.kvm,
+        devices,
+    })?;
+    let machine = launch_confined(blueprint, &filters, threads)?;
+    filters.install(ThreadKind::Control)?;
+    Ok(Assembled {
+        guest: JailedGuest { machine, server },
+        vsock: handle,
+    })
+}
+
+/// The file server for the share, within the descriptors this process may have.
+fn share(jailed: Jailed, cache_ms: u64) -> Result<Arc<Server>, ServerError> {
+    let cache = Duration::from_millis(cache_ms);
+    let mut options = Options::pod(jailed.own_descriptors);
+    options.shared = CachePolicy {
+        entry: cache,
+        attributes: cache,
+        ..CachePolicy::SHARED
+    };
+    let open_files = usize::try_from(jailed.open_files_max).unwrap_or(usize::MAX);
+    if open_files < options.descriptors_max() {
+        options.handles_max = open_files / 4;
+        options.inode_descriptors_hard_max = open_files / 2;
+        options.inode_descriptors_max = options.inode_descriptors_max.min(open_files / 4);
+    }
+    Ok(Arc::new(Server::new(jailed.root, options)?))
+}
+
+/// Starts the machine's threads and waits until each is under its filter.
+fn launch_confined(
+    blueprint: Blueprint,
+    filters: &Filters,
+    threads: usize,
+) -> Result<Machine, AssembleError> {
+    let (confined, results) = mpsc::channel();
+    let filters = filters.clone();
+    let setup: ThreadSetup = Arc::new(move |kind| {
+        let result = filters.install(kind);
+        let has_failed = result.is_err();
+        // If nobody listens any more the process is about to end.
+        let _ = confined.send(result);
+        if has_failed {
+            // It must not go on, and the process is about to end.
+            loop {
+                std::thread::park();
+            }
+        }
+    });
+    let machine = blueprint.launch(&setup)?;
+    for _ in 0..threads {
+        match results.recv_timeout(CONFINE_TIMEOUT) {
+            Ok(result) => result?,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                return Err(AssembleError::Unconfined);
+            }
+        }
+    }
+    Ok(machine)
+}
+
+/// The machine, as the control loop sees it.
+pub(crate) struct JailedGuest {
+    machine: Machine,
+    server: Arc<Server>,
+}
+
+impl Guest for JailedGuest {
+    type Error = PauseError;
+
+    fn start(&mut self) -> Result<(), PauseError> {
+        self.machine.resume();
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), PauseError> {
+        self.machine.pause()
+    }
+
+    fn resume(&mut self) -> Result<(), PauseError> {
+        self.machine.resume();
+        Ok(())
+    }
+
+    fn shut_down(&mut self) {
+        if let Err(stuck) = self.machine.stop() {
+            // The end of the process ends it too.
+            eprintln!("husk-vmm: {}", describe(&stuck));
+        }
+    }
+
+    fn end_fd(&self) -> BorrowedFd<'_> {
+        self.machine.end_fd()
+    }
+
+    fn end(&mut self) -> Option<ExitReason> {
+        let reason = self.machine.take_end()?;
+        Some(match reason {
+            EndReason::Stopped => ExitReason::Stopped,
+            EndReason::Reset => ExitReason::Reset,
+            EndReason::TripleFault => ExitReason::TripleFault,
+            EndReason::Failed(error) => ExitReason::Error {
+                text: describe(&error),
+            },
+        })
+    }
+
+    fn metrics(&self) -> Metrics {
+        let exits = self.machine.exits();
+        let files = self.server.counters();
+        Metrics {
+            exits_io: exits.io(),
+            exits_mmio: exits.mmio(),
+            fs_requests: files.requests,
+            fs_read_bytes: files.bytes_read,
+            fs_written_bytes: files.bytes_written,
+            fs_inodes: files.inodes,
+            ..Metrics::default()
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! The kernel's command line.
+
+use std::fmt::Write;
+
+use crate::layout::IRQ_FIRST;
+use crate::layout::MMIO_BYTES;
+use crate::layout::MMIO_GPA;
+
+/// What every guest is told:
+///
+/// * its console is the virtio device, on which only alarming messages appear;
+/// * a panic ends the machine at once, by the keyboard controller, which is the way to a reset that
+///   needs no firmware.
+const BASE: &str = "console=hvc0 quiet loglevel=4 panic=-1 reboot=k";
+
+/// The command line of a machine with `devices` devices, whose registers and lines follow one
+/// another as [`crate::layout`] says.
+pub(crate) fn device_command_line(devices: usize, extra: &str) -> String {
+    let mut line = BASE.to_owned();
+    let registers = (MMIO_GPA..).step_by(usize::try_from(MMIO_BYTES).unwrap_or(usize::MAX));
+    for (start, irq) in registers.zip(IRQ_FIRST..).take(devices) {
+        // Writing to a string does not fail.
+        let _ = write!(line, " virtio_mmio.device={MMIO_BYTES}@{start:#x}:{irq}");
+    }
+    let extra = extra.trim();
+    if !extra.is_empty() {
+        // What stands before "--" is the kernel's, what follows is for init: so last.
+        line.push(' ');
+        line.push_str(extra);
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_follow_one_another() {
+        let line = device_command_line(2, "");
+
+        assert!(line.ends_with(
+            " virtio_mmio.device=4096@0xd0000000:5 virtio_mmio.device=4096@0xd0001000:6"
+        ));
+    }
+
+    #[test]
+    fn extra_words_come_last() {
+        assert!(device_command_line(1, " a b -- c ").ends_with(":5 a b -- c"));
+    }
+}

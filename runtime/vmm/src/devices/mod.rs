@@ -1,0 +1,10 @@
+//! The virtio devices. Each is a thread that owns its queues; none of them sees a register.
+
+pub mod console;
+#[cfg(test)]
+pub(crate) mod fake;
+pub(crate) mod fd;
+pub mod fs;
+pub mod rng;
+mod simple;
+pub mod vsock;

@@ -1,0 +1,9 @@
+//! The device against a fake driver: bad packets first.
+
+mod deadlines;
+mod descriptors;
+mod driver;
+mod flow;
+mod lifetime;
+mod packets;
+mod rings;

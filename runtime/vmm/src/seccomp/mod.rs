@@ -1,0 +1,123 @@
+//! One system call filter for each kind of thread.
+//!
+//! A filter is a list of what its threads do in normal service, with arguments where the call alone
+//! says too little. Anything else ends the process with `SIGSYS`; the kernel's audit log names the
+//! call. No thread may execute a program, map executable memory or make a socket, and only those
+//! that serve files may open any.
+//!
+//! The lists hold for glibc, dynamic or static: its allocator, its locks and the end of a thread are
+//! in `rules::EVERY_THREAD`. Threads install their filter themselves, as their first action.
+
+mod rules;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+
+/// The kinds of threads of a virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThreadKind {
+    /// The main thread, once the machine is built: control messages and events.
+    Control,
+    /// Runs a virtual CPU.
+    Vcpu,
+    /// Serves a device that touches only its queues and descriptors it was given.
+    Device,
+    /// The vsock device: as a device, and it waits for streams.
+    Vsock,
+    /// Serves FUSE requests: the only kind that opens files.
+    FsWorker,
+}
+
+/// The compiled filters. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Filters {
+    programs: Arc<[BpfProgram; ThreadKind::ALL.len()]>,
+}
+
+/// Why a filter is not in place.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    /// The rules make no program.
+    #[error("cannot compile the system call filter of {kind:?} threads")]
+    Compile {
+        /// Whose.
+        kind: ThreadKind,
+        /// Why.
+        source: seccompiler::BackendError,
+    },
+    /// The kernel refused it.
+    #[error("cannot install the system call filter of {kind:?} threads")]
+    Install {
+        /// Whose.
+        kind: ThreadKind,
+        /// Why.
+        source: seccompiler::Error,
+    },
+}
+
+impl ThreadKind {
+    /// Every kind, in the order of declaration.
+    pub const ALL: [Self; 5] = [
+        Self::Control,
+        Self::Vcpu,
+        Self::Device,
+        Self::Vsock,
+        Self::FsWorker,
+    ];
+
+    /// The kind of a virtio device's own thread, by the device's type.
+    #[must_use]
+    pub fn of_device(device_type: u32) -> Self {
+        match device_type {
+            VIRTIO_ID_VSOCK => Self::Vsock,
+            _ => Self::Device,
+        }
+    }
+}
+
+impl Filters {
+    /// Compiles all filters.
+    ///
+    /// # Errors
+    /// [`SeccompError::Compile`], which means that a rule is wrong.
+    pub fn compile() -> Result<Self, SeccompError> {
+        let mut programs: [BpfProgram; ThreadKind::ALL.len()] = Default::default();
+        for (kind, program) in ThreadKind::ALL.into_iter().zip(&mut programs) {
+            *program = compile(kind)?;
+        }
+        Ok(Self {
+            programs: Arc::new(programs),
+        })
+    }
+
+    /// Binds the calling thread, forever, to the filter of its kind. Sets no-new-privs.
+    ///
+    /// # Errors
+    /// [`SeccompError::Install`]; the thread must then not go on.
+    pub fn install(&self, kind: ThreadKind) -> Result<(), SeccompError> {
+        seccompiler::apply_filter(&self.programs[kind as usize])
+            .map_err(|source| SeccompError::Install { kind, source })
+    }
+}
+
+fn compile(kind: ThreadKind) -> Result<BpfProgram, SeccompError> {
+    let failed = |source| SeccompError::Compile { kind, source };
+    let rules = rules::of(kind).map_err(failed)?;
+    SeccompFilter::new(rules, refusal(), SeccompAction::Allow, TargetArch::x86_64)
+        .and_then(SeccompFilter::try_into)
+        .map_err(failed)
+}
+
+/// What happens at a call that is not on the list.
+fn refusal() -> SeccompAction {
+    // For whoever looks for the calls a change has added; never in what users install.
+    #[cfg(debug_assertions)]
+    if std::env::var_os("HUSK_SECCOMP_LOG").is_some() {
+        return SeccompAction::Log;
+    }
+    SeccompAction::KillProcess
+}

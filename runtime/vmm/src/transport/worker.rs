@@ -1,0 +1,271 @@
+//! The thread of a device, and the transport's grip on it.
+//!
+//! The thread exists from before the guest runs until after it has ended, because the thread that
+//! handles the driver's last register write must not be able to make threads: it runs the guest.
+
+use std::io;
+use std::panic;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EFD_CLOEXEC;
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::registers::INTERRUPT_CONFIG;
+use super::registers::INTERRUPT_USED;
+use crate::device::Activation;
+use crate::device::Device;
+use crate::device::DeviceError;
+use crate::device::Interrupt;
+use crate::device::ReadyQueue;
+
+/// How long a device may take to stop. It waits for no one but the host's files.
+pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What the driver sees of a device that runs.
+pub(super) struct Signals {
+    interrupt_status: AtomicU32,
+    needs_reset: AtomicBool,
+    line: EventFd,
+}
+
+impl Signals {
+    pub(super) fn interrupt_status(&self) -> u32 {
+        self.interrupt_status.load(Ordering::Acquire)
+    }
+
+    pub(super) fn acknowledge(&self, bits: u32) {
+        self.interrupt_status.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    pub(super) fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::Acquire)
+    }
+
+    pub(super) fn clear(&self) {
+        self.interrupt_status.store(0, Ordering::Release);
+        self.needs_reset.store(false, Ordering::Release);
+    }
+
+    /// Tells the driver that the device is of no use until it is reset (virtio 1.2, 2.1.2).
+    pub(super) fn fail(&self) {
+        self.needs_reset.store(true, Ordering::Release);
+        self.raise(INTERRUPT_CONFIG);
+    }
+
+    fn raise(&self, bits: u32) {
+        self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
+        // A counter that is full is an interrupt that KVM has not taken yet.
+        let _ = self.line.write(1);
+    }
+}
+
+/// Queues that were checked.
+struct Assignment {
+    queues: Vec<Option<Queue>>,
+    features: u64,
+}
+
+/// The transport's side.
+pub(crate) struct Worker {
+    name: &'static str,
+    signals: Arc<Signals>,
+    kicks: Vec<EventFd>,
+    stop: EventFd,
+    /// `None` once the device has not stopped in time, or for good.
+    assignments: Option<mpsc::Sender<Assignment>>,
+    /// A message each time the device has returned.
+    returns: mpsc::Receiver<()>,
+    is_running: bool,
+}
+
+/// The thread's side.
+pub(crate) struct Seat {
+    device: Box<dyn Device>,
+    memory: Arc<GuestMemoryMmap>,
+    signals: Arc<Signals>,
+    kicks: Vec<EventFd>,
+    stop: EventFd,
+    assignments: mpsc::Receiver<Assignment>,
+    returned: mpsc::Sender<()>,
+}
+
+/// Both sides of a device's thread, which is yet to be started with [`Seat::serve`].
+pub(crate) fn employ(
+    device: Box<dyn Device>,
+    memory: Arc<GuestMemoryMmap>,
+) -> io::Result<(Worker, Seat)> {
+    let profile = device.profile();
+    let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+    let signals = Arc::new(Signals {
+        interrupt_status: AtomicU32::new(0),
+        needs_reset: AtomicBool::new(false),
+        line: event()?,
+    });
+    let kicks: Vec<_> = profile
+        .queue_sizes
+        .iter()
+        .map(|_| event())
+        .collect::<io::Result<_>>()?;
+    let stop = event()?;
+    let (assign, assignments) = mpsc::channel();
+    let (returned, returns) = mpsc::channel();
+    let seat = Seat {
+        device,
+        memory,
+        signals: Arc::clone(&signals),
+        kicks: kicks
+            .iter()
+            .map(EventFd::try_clone)
+            .collect::<io::Result<_>>()?,
+        stop: stop.try_clone()?,
+        assignments,
+        returned,
+    };
+    let worker = Worker {
+        name: profile.name,
+        signals,
+        kicks,
+        stop,
+        assignments: Some(assign),
+        returns,
+        is_running: false,
+    };
+    Ok((worker, seat))
+}
+
+impl Worker {
+    pub(super) fn signals(&self) -> &Signals {
+        &self.signals
+    }
+
+    /// The interrupt line.
+    pub(super) fn line(&self) -> &EventFd {
+        &self.signals.line
+    }
+
+    /// The events that wake the device, one for each queue.
+    pub(super) fn kicks(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
+    pub(super) fn start(&mut self, queues: Vec<Option<Queue>>, features: u64) {
+        let assignment = Assignment { queues, features };
+        let sent = self
+            .assignments
+            .as_ref()
+            .is_some_and(|thread| thread.send(assignment).is_ok());
+        if sent {
+            self.is_running = true;
+        } else {
+            self.signals.fail();
+        }
+    }
+
+    /// Stops the device, if it runs, and forgets all signals. A device that does not stop in time
+    /// is never started again.
+    pub(super) fn stop(&mut self) {
+        if self.is_running {
+            // Can't fail: the counter is zero whenever the device runs.
+            let _ = self.stop.write(1);
+            if let Err(mpsc::RecvTimeoutError::Timeout) = self.returns.recv_timeout(STOP_DEADLINE) {
+                eprintln!("{}: does not stop within {STOP_DEADLINE:?}", self.name);
+                self.assignments = None;
+            }
+            self.is_running = false;
+        }
+        for event in self.kicks.iter().chain([&self.stop]) {
+            // Not readable is as good.
+            let _ = event.read();
+        }
+        self.signals.clear();
+    }
+
+    /// Stops the device for good: its thread ends.
+    pub(super) fn dismiss(&mut self) {
+        self.stop();
+        self.assignments = None;
+    }
+}
+
+impl Seat {
+    pub(crate) fn name(&self) -> &'static str {
+        self.device.profile().name
+    }
+
+    pub(crate) fn device_type(&self) -> u32 {
+        self.device.profile().device_type
+    }
+
+    /// Runs the device whenever the driver has set it up, until the worker is dismissed.
+    pub(crate) fn serve(mut self) {
+        while let Ok(assignment) = self.assignments.recv() {
+            let name = self.name();
+            let run = AssertUnwindSafe(|| self.run(assignment));
+            let is_usable = match panic::catch_unwind(run) {
+                Ok(Ok(())) => true,
+                Ok(Err(error)) => {
+                    log_chain(name, &error);
+                    self.signals.fail();
+                    true
+                }
+                Err(_) => {
+                    // The panic was printed; what state the device is in, nobody knows.
+                    self.signals.fail();
+                    false
+                }
+            };
+            if self.returned.send(()).is_err() || !is_usable {
+                return;
+            }
+        }
+    }
+
+    fn run(&mut self, assignment: Assignment) -> Result<(), DeviceError> {
+        let device = self.name();
+        let failed = |source| DeviceError::Host {
+            device,
+            what: "duplicate an event",
+            source,
+        };
+        let mut queues = Vec::with_capacity(assignment.queues.len());
+        for (queue, kick) in assignment.queues.into_iter().zip(&self.kicks) {
+            let Some(queue) = queue else {
+                queues.push(None);
+                continue;
+            };
+            let signals = Arc::clone(&self.signals);
+            queues.push(Some(ReadyQueue {
+                queue,
+                kick: kick.try_clone().map_err(failed)?,
+                interrupt: Interrupt::new(move || signals.raise(INTERRUPT_USED)),
+            }));
+        }
+        self.device.run(Activation {
+            memory: Arc::clone(&self.memory),
+            queues,
+            features: assignment.features,
+            stop: self.stop.try_clone().map_err(failed)?,
+        })
+    }
+}
+
+/// Prints an error and its causes. A device fails at most once for each set-up by the driver, which
+/// takes the driver a hundred register writes.
+fn log_chain(name: &str, error: &dyn std::error::Error) {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    eprintln!("{name}: failed: {text}");
+}
