@@ -1,0 +1,142 @@
+//! What the host remembers of a sandbox's containers and processes.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+use crate::ContainerError;
+use crate::control::StreamEnd;
+
+/// The containers by id.
+#[derive(Debug, Default)]
+pub(crate) struct Containers {
+    /// Each with its processes by exec id; the empty one is init's.
+    containers: HashMap<String, HashMap<String, Process>>,
+}
+
+/// A process's streams.
+#[derive(Debug, Default)]
+pub(crate) struct Process {
+    /// See [`ProcessIo::stdin_keeper`](crate::ProcessIo).
+    pub(crate) stdin_keeper: Option<OwnedFd>,
+    /// The ends of its output streams.
+    pub(crate) outputs: Vec<StreamEnd>,
+}
+
+impl Containers {
+    /// Takes a container's name, with that of its init.
+    pub(crate) fn reserve(&mut self, id: &str) -> Result<(), ContainerError> {
+        if self.containers.contains_key(id) {
+            return Err(ContainerError::AlreadyExists {
+                what: "container",
+                id: id.to_owned(),
+            });
+        }
+        let init = HashMap::from([(String::new(), Process::default())]);
+        self.containers.insert(id.to_owned(), init);
+        Ok(())
+    }
+
+    /// Takes a process's name.
+    pub(crate) fn reserve_process(
+        &mut self,
+        container: &str,
+        exec_id: &str,
+    ) -> Result<(), ContainerError> {
+        let processes = self
+            .containers
+            .get_mut(container)
+            .ok_or_else(|| not_found("container", container))?;
+        if processes.contains_key(exec_id) {
+            return Err(ContainerError::AlreadyExists {
+                what: "process",
+                id: exec_id.to_owned(),
+            });
+        }
+        processes.insert(exec_id.to_owned(), Process::default());
+        Ok(())
+    }
+
+    /// A process that is there.
+    pub(crate) fn process(
+        &mut self,
+        container: &str,
+        exec_id: &str,
+    ) -> Result<&mut Process, ContainerError> {
+        self.containers
+            .get_mut(container)
+            .ok_or_else(|| not_found("container", container))?
+            .get_mut(exec_id)
+            .ok_or_else(|| not_found("process", exec_id))
+    }
+
+    /// Whether a process is there.
+    pub(crate) fn check(&mut self, container: &str, exec_id: &str) -> Result<(), ContainerError> {
+        self.process(container, exec_id).map(|_| ())
+    }
+
+    pub(crate) fn remove(&mut self, container: &str) {
+        self.containers.remove(container);
+    }
+
+    pub(crate) fn remove_process(&mut self, container: &str, exec_id: &str) {
+        if let Some(processes) = self.containers.get_mut(container) {
+            processes.remove(exec_id);
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.containers.clear();
+    }
+}
+
+fn not_found(what: &'static str, id: &str) -> ContainerError {
+    ContainerError::NotFound {
+        what,
+        id: id.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    fn kind<T>(result: Result<T, ContainerError>) -> Option<ErrorKind> {
+        result.err().map(|error| error.kind())
+    }
+
+    #[test]
+    fn unknown_names_are_not_found() {
+        let mut containers = Containers::default();
+        assert_eq!(kind(containers.check("c", "")), Some(ErrorKind::NotFound));
+        let reserved = containers.reserve_process("c", "e");
+        assert_eq!(kind(reserved), Some(ErrorKind::NotFound));
+        containers.reserve("c").unwrap();
+        assert_eq!(kind(containers.check("c", "e")), Some(ErrorKind::NotFound));
+    }
+
+    #[test]
+    fn names_are_taken_once() {
+        let mut containers = Containers::default();
+        containers.reserve("c").unwrap();
+        containers.reserve_process("c", "e").unwrap();
+        let again = containers.reserve("c");
+        assert_eq!(kind(again), Some(ErrorKind::AlreadyExists));
+        for exec_id in ["", "e"] {
+            let again = containers.reserve_process("c", exec_id);
+            assert_eq!(kind(again), Some(ErrorKind::AlreadyExists));
+        }
+    }
+
+    #[test]
+    fn removed_names_are_free() {
+        let mut containers = Containers::default();
+        containers.reserve("c").unwrap();
+        containers.reserve_process("c", "e").unwrap();
+        containers.remove_process("c", "e");
+        containers.reserve_process("c", "e").unwrap();
+        containers.remove("c");
+        containers.reserve("c").unwrap();
+        assert_eq!(kind(containers.check("c", "e")), Some(ErrorKind::NotFound));
+    }
+}

@@ -1,0 +1,44 @@
+//! One pod: its VMM process, shared directory, agent client, containers.
+//!
+//! [`Sandbox::start`] makes the pod's directory under `/run/husk`, spawns `husk-vmm`, boots the
+//! guest and shakes hands with its agent. Containers and processes are then made through the
+//! sandbox. [`Sandbox::shutdown`] undoes everything; [`cleanup`] does the same from a fresh process
+//! that knows nothing but the pod's name, after whatever was killed at whatever moment.
+//!
+//! Trust: the VMM process and everything behind it belongs to the guest. What it says is checked for
+//! form and length, every wait for it but the one for a process's exit has a deadline, and its death
+//! ends every pending call with [`ContainerError::VmGone`].
+//!
+//! Everything asynchronous must be called within a tokio runtime with I/O and time enabled; one
+//! thread is enough.
+
+#![forbid(unsafe_code)]
+
+mod agent;
+mod cgroup;
+mod cleanup;
+mod container;
+mod control;
+mod error;
+mod mounts;
+mod process;
+mod readiness;
+mod sandbox;
+mod settings;
+mod spec;
+mod state;
+mod vmm;
+
+pub use cleanup::{cleanup, sandboxes};
+pub use container::{ContainerRequest, Drained, Exit, ListedProcess, ProcessIo, RootfsMount};
+pub use error::{CleanupError, ContainerError, ErrorKind, StartError, VmEnd};
+pub use mounts::MountError;
+pub use oci_spec::runtime as oci;
+pub use sandbox::{GuestInfo, Sandbox, SandboxConfig, StartTimings};
+pub use settings::{
+    Install, InstallError, LogSettings, SETTINGS_PATH, Settings, SettingsError, VmSettings,
+};
+pub use spec::SpecError;
+
+/// Where the pods' directories are: `STATE_DIR_ROOT/<namespace>/<pod>`.
+pub const STATE_DIR_ROOT: &str = "/run/husk";

@@ -1,0 +1,177 @@
+use super::*;
+
+#[test]
+fn escaped_mount_point_is_read() {
+    let line = r"36 35 98:0 /x /run/a\040b\134c rw shared:1 - ext4 /dev/sda rw";
+    assert_eq!(mount_point(line), Some(PathBuf::from(r"/run/a b\c")));
+}
+
+#[test]
+fn garbled_mountinfo_is_skipped() {
+    for line in ["", "1 2 3", r"1 2 3 / /a\0", r"1 2 3 / /a\999"] {
+        assert_eq!(mount_point(line), None, "{line}");
+    }
+}
+
+#[test]
+fn layers_become_relative_to_their_directory() {
+    let data = [
+        "index=off".to_owned(),
+        "lowerdir=/snap/12/fs:/snap/9/fs".to_owned(),
+        "upperdir=/snap/13/fs".to_owned(),
+    ];
+    let (directory, options) = shorten_layers(&data).unwrap();
+    assert_eq!(directory, Path::new("/snap"));
+    assert_eq!(
+        options,
+        "index=off,lowerdir=12/fs:9/fs,upperdir=/snap/13/fs"
+    );
+}
+
+#[test]
+fn options_without_plain_layers_are_left_alone() {
+    for data in ["upperdir=/a", r"lowerdir=/a\:b:/c", "lowerdir="] {
+        assert_eq!(shorten_layers(&[data.to_owned()]), None, "{data}");
+    }
+}
+
+#[test]
+fn paths_that_climb_are_not_plain() {
+    assert!(is_plain_absolute(Path::new("/a/b")));
+    for path in ["a", "/a/../b", "..", ""] {
+        assert!(!is_plain_absolute(Path::new(path)), "{path}");
+    }
+}
+
+/// Those that mount for real, in a mount namespace of the test's thread. They need root.
+mod real {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Runs a test in a thread with mounts of its own, where `/` is shared as systemd makes it.
+    fn in_own_namespace(test: impl FnOnce(&Path) + Send + 'static) {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("SKIPPED: mounting takes root");
+            return;
+        }
+        let (done, wait) = mpsc::channel();
+        let running = thread::spawn(move || {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            change(Path::new("/"), MsFlags::MS_PRIVATE | MsFlags::MS_REC).unwrap();
+            change(Path::new("/"), MsFlags::MS_SHARED | MsFlags::MS_REC).unwrap();
+            let directory = tempfile::tempdir().unwrap();
+            test(directory.path());
+            // /proc/self is the main thread, whose mounts are others.
+            unmount_all(directory.path());
+            done.send(()).unwrap();
+        });
+        let passed = wait.recv().is_ok();
+        running.join().unwrap();
+        assert!(passed);
+    }
+
+    fn points(directory: &Path) -> Vec<PathBuf> {
+        fs::read_to_string("/proc/thread-self/mountinfo")
+            .unwrap()
+            .lines()
+            .filter_map(mount_point)
+            .filter(|point| point.starts_with(directory))
+            .collect()
+    }
+
+    fn unmount_all(directory: &Path) {
+        while let Some(point) = points(directory).last() {
+            nix::mount::umount2(point, MntFlags::MNT_DETACH).unwrap();
+        }
+    }
+
+    fn share(directory: &Path) -> (PathBuf, PathBuf, PathBuf) {
+        let [layout, shared, staging] =
+            ["layout", "shared", "staging"].map(|name| directory.join(name));
+        for path in [&layout, &shared, &staging] {
+            fs::create_dir(path).unwrap();
+        }
+        mount_share(&layout, &shared).unwrap();
+        mount_private(&staging).unwrap();
+        (layout, shared, staging)
+    }
+
+    #[test]
+    fn share_cannot_be_written_through() {
+        in_own_namespace(|directory| {
+            let (layout, shared, _) = share(directory);
+            fs::create_dir(layout.join("c")).unwrap();
+            assert!(shared.join("c").exists());
+            let written = fs::write(shared.join("x"), "");
+            assert_eq!(
+                written.unwrap_err().kind(),
+                io::ErrorKind::ReadOnlyFilesystem
+            );
+        });
+    }
+
+    #[test]
+    fn volume_with_mounts_below_leaves_the_hosts_alone() {
+        in_own_namespace(|directory| {
+            let (layout, shared, staging) = share(directory);
+            let source = directory.join("source");
+            fs::create_dir_all(source.join("inner")).unwrap();
+            mount_private(&source.join("inner")).unwrap();
+            change(&source.join("inner"), MsFlags::MS_SHARED).unwrap();
+            fs::create_dir(layout.join("v")).unwrap();
+            fs::create_dir(staging.join("v")).unwrap();
+            let volume = Volume {
+                source: source.clone(),
+                is_recursive: true,
+                is_read_only: true,
+            };
+            mount_volume(&volume, &staging.join("v"), &shared.join("v")).unwrap();
+            assert!(points(&shared).contains(&shared.join("v/inner")));
+            assert!(fs::write(shared.join("v/x"), "").is_err());
+
+            unmount(&shared.join("v")).unwrap();
+
+            assert_eq!(points(&shared), std::slice::from_ref(&shared));
+            assert!(points(&source).contains(&source.join("inner")));
+        });
+    }
+
+    #[test]
+    fn overlay_of_very_many_layers_is_mounted() {
+        in_own_namespace(|directory| {
+            let (layout, shared, staging) = share(directory);
+            // A tmpfs: not every file system can be a layer.
+            let layers = directory.join("layers-with-a-name-of-some-length");
+            fs::create_dir(&layers).unwrap();
+            nix::mount::mount(
+                Some("tmpfs"),
+                &layers,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .unwrap();
+            let names: Vec<_> = (0..LAYERS)
+                .map(|n| {
+                    let layer = layers.join(format!("{n}/fs"));
+                    fs::create_dir_all(&layer).unwrap();
+                    fs::write(layer.join(format!("file-{n}")), "").unwrap();
+                    layer.to_str().unwrap().to_owned()
+                })
+                .collect();
+            fs::create_dir(layout.join("r")).unwrap();
+            fs::create_dir(staging.join("r")).unwrap();
+            let mount = RootfsMount {
+                fstype: "overlay".to_owned(),
+                source: "overlay".to_owned(),
+                target: String::new(),
+                options: vec![format!("lowerdir={}", names.join(":"))],
+            };
+            mount_rootfs(&[mount], &staging.join("r"), &shared.join("r")).unwrap();
+            assert_eq!(fs::read_dir(shared.join("r")).unwrap().count(), LAYERS);
+        });
+    }
+
+    const LAYERS: usize = 128;
+}

@@ -1,0 +1,300 @@
+//! A pod's life: start, end.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU32;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use husk_protocol::STREAM_PORT_MIN;
+use husk_protocol::messages::HelloResponse;
+use husk_vmm_control::BootConfig;
+use tokio::time::timeout;
+
+use crate::agent::Agent;
+use crate::container::Containers;
+use crate::error::{cap_text, describe};
+use crate::process::Identity;
+use crate::state::{Record, StateDir};
+use crate::vmm::{BootFiles, Spawned, Vmm};
+use crate::{CleanupError, Install, StartError, VmEnd, cgroup, cleanup};
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct SandboxConfig {
+    /// containerd's namespace, or what else keeps equal ids apart.
+    pub namespace: String,
+    /// The pod's id, unique in its namespace.
+    pub id: String,
+    /// Where the pods' directories are: [`STATE_DIR_ROOT`](crate::STATE_DIR_ROOT) but for tests.
+    pub state_dir_root: PathBuf,
+    /// The files to start from.
+    pub install: Install,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Added to the guest kernel's command line.
+    pub cmdline_extra: String,
+    /// The guest's hostname; empty: the guest's own.
+    pub hostname: String,
+    /// The pod's network namespace, in which the VMM is to live; none: a new, empty one.
+    pub netns: Option<PathBuf>,
+    /// A cgroup v2 directory below which the VMM's own is made; none: `/sys/fs/cgroup/husk`. Where
+    /// the host has no cgroup v2, the VMM stays in the caller's cgroup.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// A running virtual machine and the containers in it. Dropping it kills the virtual machine but
+/// leaves what else there is to [`cleanup`]; [`Sandbox::shutdown`] is the way to end one.
+#[derive(Debug)]
+pub struct Sandbox {
+    pub(crate) state: StateDir,
+    pub(crate) vmm: Vmm,
+    pub(crate) agent: Agent,
+    /// The next port for a stream. Never counts back.
+    pub(crate) ports: AtomicU32,
+    guest: GuestInfo,
+    timings: StartTimings,
+    containers: Mutex<Containers>,
+}
+
+/// What the agent said of itself and its guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestInfo {
+    /// The agent's version.
+    pub agent_version: String,
+    /// As `uname -r` says in the guest.
+    pub kernel_release: String,
+}
+
+/// How long the steps of a start took, in their order.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StartTimings {
+    /// The pod's directory, its mounts and cgroup.
+    pub prepare: Duration,
+    /// The VMM process: spawned, machine built, jailed.
+    pub vmm: Duration,
+    /// From the guest's first instruction to the agent's answer.
+    pub guest: Duration,
+    /// The part of `guest` that the guest counts itself: kernel start to agent ready.
+    pub guest_own: Duration,
+}
+
+impl Sandbox {
+    /// Starts a sandbox: afterwards the guest runs and its agent has answered.
+    ///
+    /// # Errors
+    /// [`StartError`]; everything that had been made is undone.
+    pub async fn start(config: SandboxConfig) -> Result<Self, StartError> {
+        let state = StateDir::locate(&config.state_dir_root, &config.namespace, &config.id)?;
+        match Self::start_in(&config, &state).await {
+            Ok(sandbox) => Ok(sandbox),
+            // Whoever has it, it is not ours to remove.
+            Err(error @ StartError::AlreadyExists { .. }) => Err(error),
+            Err(error) => {
+                if let Err(undo) = in_background(move || cleanup::remove_all(&state)).await {
+                    tracing::warn!(
+                        error = describe(&undo),
+                        "a start that failed leaves something"
+                    );
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_in(config: &SandboxConfig, state: &StateDir) -> Result<Self, StartError> {
+        let began_at = Instant::now();
+        state.create()?;
+        let mut record = Record {
+            owner: own_identity(),
+            vmm: None,
+            cgroup: make_cgroup(config, state)?,
+        };
+        state.write_record(&record)?;
+        let files = BootFiles::open(config, state)?;
+        let prepared_at = Instant::now();
+
+        let (ours, theirs) = UnixStream::pair().map_err(|source| StartError::Spawn {
+            path: config.install.vmm.clone(),
+            step: "make the agent's stream",
+            source,
+        })?;
+        let spawned = Spawned::spawn(config, &files.vmm_log).await?;
+        let boot = boot_config(config, state, record.cgroup.as_deref())?;
+        let vmm = spawned
+            .boot(boot, &files, theirs, |pid| {
+                record.vmm = Identity::of(pid).ok();
+                state.write_record(&record)
+            })
+            .await?;
+        let booted_at = Instant::now();
+
+        let reached = Self::reach_agent(config, &vmm, ours).await;
+        let (agent, hello) = match reached {
+            Ok(reached) => reached,
+            Err(error) => {
+                vmm.kill().await;
+                return Err(error);
+            }
+        };
+        Ok(Self {
+            timings: StartTimings {
+                prepare: prepared_at - began_at,
+                vmm: booted_at - prepared_at,
+                guest: booted_at.elapsed(),
+                guest_own: Duration::from_nanos(hello.ready_at_ns),
+            },
+            guest: GuestInfo {
+                agent_version: cap_text(&hello.agent_version),
+                kernel_release: cap_text(&hello.kernel_release),
+            },
+            state: state.clone(),
+            vmm,
+            agent,
+            ports: AtomicU32::new(STREAM_PORT_MIN),
+            containers: Mutex::default(),
+        })
+    }
+
+    /// Runs the guest and waits for its agent.
+    async fn reach_agent(
+        config: &SandboxConfig,
+        vmm: &Vmm,
+        stream: UnixStream,
+    ) -> Result<(Agent, HelloResponse), StartError> {
+        let agent = Agent::new(stream).map_err(|source| StartError::Spawn {
+            path: config.install.vmm.clone(),
+            step: "watch the agent's stream",
+            source,
+        })?;
+        vmm.start().await?;
+        let hello = agent.hello(vmm, &config.hostname).await?;
+        Ok((agent, hello))
+    }
+
+    /// The pid of the jailed VMM process. It lives in the pod's network namespace.
+    pub fn vmm_pid(&self) -> u32 {
+        self.vmm.pid().unsigned_abs()
+    }
+
+    /// What the guest is.
+    pub fn guest(&self) -> &GuestInfo {
+        &self.guest
+    }
+
+    /// How long the start took.
+    pub fn timings(&self) -> StartTimings {
+        self.timings
+    }
+
+    /// The file that the guest's console is written to.
+    pub fn console_log(&self) -> PathBuf {
+        self.state.console_log()
+    }
+
+    /// Waits until the virtual machine is gone, whatever the cause; answers at once, and the same,
+    /// ever after. The VMM process has been reaped by then.
+    pub async fn ended(&self) -> VmEnd {
+        self.vmm.ended().await
+    }
+
+    /// Ends the virtual machine and removes everything: asks the agent to shut down and, as far as
+    /// `deadline` allows, waits for it; then stops the VMM, then kills it. Can be repeated, and works
+    /// on a virtual machine that is gone.
+    ///
+    /// # Errors
+    /// [`CleanupError`] if something could not be removed; the virtual machine is gone all the same,
+    /// except for [`CleanupError::VmmStays`].
+    pub async fn shutdown(&self, deadline: Duration) -> Result<(), CleanupError> {
+        if self.vmm.end().is_none() {
+            let powered_off = async {
+                tokio::join!(self.agent.shutdown(), self.vmm.ended());
+            };
+            if timeout(deadline, powered_off).await.is_err() {
+                self.vmm.stop(STOP_DEADLINE).await;
+            }
+        }
+        self.containers().clear();
+        let state = self.state.clone();
+        in_background(move || cleanup::remove_all(&state)).await
+    }
+
+    pub(crate) fn containers(&self) -> MutexGuard<'_, Containers> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs what blocks beside the runtime.
+pub(crate) async fn in_background<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Only a runtime that goes down cancels, and takes this task with it.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
+fn own_identity() -> Option<Identity> {
+    Identity::of(std::process::id().cast_signed()).ok()
+}
+
+/// Makes the VMM's cgroup. Where the host has none, the VMM stays in its parent's.
+fn make_cgroup(config: &SandboxConfig, state: &StateDir) -> Result<Option<PathBuf>, StartError> {
+    let Some(path) = cgroup::place(config.cgroup.as_deref(), &config.namespace, &config.id) else {
+        tracing::info!("this host has no cgroup v2: the virtual machine is not limited by one");
+        return Ok(None);
+    };
+    // Recorded first: what is not recorded is not removed.
+    state.write_record(&Record {
+        cgroup: Some(path.clone()),
+        ..Record::default()
+    })?;
+    match cgroup::create(&path) {
+        Ok(()) => Ok(Some(path)),
+        Err(source) => Err(StartError::State {
+            operation: "create the cgroup",
+            path,
+            source,
+        }),
+    }
+}
+
+fn boot_config(
+    config: &SandboxConfig,
+    state: &StateDir,
+    cgroup: Option<&Path>,
+) -> Result<BootConfig, StartError> {
+    let text = |path: &Path| {
+        path.to_str()
+            .map(str::to_owned)
+            .ok_or_else(|| StartError::State {
+                operation: "name to the VMM",
+                path: path.to_owned(),
+                source: io::ErrorKind::InvalidFilename.into(),
+            })
+    };
+    Ok(BootConfig {
+        vcpus: config.vcpus,
+        memory_mib: config.memory_mib,
+        cmdline_extra: config.cmdline_extra.clone(),
+        shared_dir: text(&state.shared())?,
+        cgroup_dir: cgroup.map(text).transpose()?.unwrap_or_default(),
+        share_cache_ms: SHARE_CACHE_MS,
+    })
+}
+
+/// How long the guest may believe the share's names and attributes. Volumes may be changed by the
+/// host.
+const SHARE_CACHE_MS: u64 = 1000;
+
+/// For the VMM to end when it is asked to.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);

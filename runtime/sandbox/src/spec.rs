@@ -1,0 +1,376 @@
+//! The spec as the guest is to see it.
+//!
+//! The caller's spec is written for a process of the host. What it says about host paths is turned
+//! into paths of the share; what only means something on the host is taken out; what a guest can't
+//! give is refused, so that nobody believes to have it.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
+
+use crate::mounts::{Volume, is_plain_absolute};
+
+/// Why a spec can't be served by a guest.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SpecError {
+    /// A part that every container needs is missing.
+    #[error("config.json: {0} is missing")]
+    Missing(&'static str),
+    /// A part that can't work in a guest.
+    #[error("config.json: {what}: {reason}")]
+    Unsupported {
+        /// The part, by its name in config.json.
+        what: String,
+        /// Why it can't work.
+        reason: &'static str,
+    },
+}
+
+/// A spec, taken apart into the guest's and the host's half.
+#[derive(Debug)]
+pub(crate) struct GuestSpec {
+    /// For the guest.
+    pub(crate) spec: Spec,
+    /// The root file system's directory, relative to the bundle; used where no mounts are given.
+    pub(crate) root: PathBuf,
+    /// What to bind at `mounts/<index>` of the container's directory in the share.
+    pub(crate) volumes: Vec<Volume>,
+}
+
+/// Most volumes of one container.
+const VOLUMES_MAX: usize = 1024;
+
+/// Where the container's directory is in the guest.
+fn guest_dir(container: &str) -> PathBuf {
+    Path::new(husk_protocol::SHARED_DIR).join(container)
+}
+
+/// Rewrites a spec for the guest.
+pub(crate) fn guest_spec(mut spec: Spec, container: &str) -> Result<GuestSpec, SpecError> {
+    let guest_dir = guest_dir(container);
+    let process = spec
+        .process_mut()
+        .as_mut()
+        .ok_or(SpecError::Missing("process"))?;
+    // Labels and profiles name what the host's kernel has loaded; the guest's has neither. The
+    // virtual machine is the stronger wall.
+    process.set_apparmor_profile(None).set_selinux_label(None);
+
+    let root = spec.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
+    let host_root = root.path().clone();
+    if host_root.as_os_str().is_empty() {
+        return Err(SpecError::Missing("root.path"));
+    }
+    root.set_path(guest_dir.join("rootfs"));
+
+    let mut volumes = Vec::new();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        rewrite_mount(mount, &guest_dir, &mut volumes)?;
+    }
+    let linux = spec
+        .linux_mut()
+        .as_mut()
+        .ok_or(SpecError::Missing("linux"))?;
+    rewrite_linux(linux, container)?;
+    // They are the host's programs.
+    spec.set_hooks(None);
+    Ok(GuestSpec {
+        spec,
+        root: host_root,
+        volumes,
+    })
+}
+
+fn rewrite_mount(
+    mount: &mut Mount,
+    guest_dir: &Path,
+    volumes: &mut Vec<Volume>,
+) -> Result<(), SpecError> {
+    let refuse = |reason| {
+        Err(SpecError::Unsupported {
+            what: format!("mount at {:?}", mount.destination()),
+            reason,
+        })
+    };
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |option: &str| options.iter().any(|set| set == option);
+    if !is_plain_absolute(mount.destination()) {
+        return refuse("the destination must be absolute, without '..'");
+    }
+    let is_mapped = mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
+    if is_mapped || has("idmap") || has("ridmap") {
+        return refuse("mounts with mapped ids are not supported");
+    }
+    let is_bind = mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind");
+    if !is_bind {
+        return Ok(());
+    }
+    let Some(source) = mount.source().clone() else {
+        return refuse("a bind mount needs a source");
+    };
+    if volumes.len() == VOLUMES_MAX {
+        return refuse("too many bind mounts");
+    }
+    let guest_source = guest_dir.join("mounts").join(volumes.len().to_string());
+    volumes.push(Volume {
+        source,
+        is_recursive: has("rbind"),
+        // Kept on the host as well, where a guest can't undo it. The last one wins.
+        is_read_only: options
+            .iter()
+            .rfind(|option| matches!(option.as_str(), "ro" | "rw" | "rro"))
+            .is_some_and(|option| option != "rw"),
+    });
+    mount.set_source(Some(guest_source));
+    Ok(())
+}
+
+fn rewrite_linux(linux: &mut Linux, container: &str) -> Result<(), SpecError> {
+    let refuse = |what: &str, reason| {
+        Err(SpecError::Unsupported {
+            what: what.to_owned(),
+            reason,
+        })
+    };
+    if linux.intel_rdt().is_some() {
+        return refuse("linux.intelRdt", "a guest can't allocate the host's cache");
+    }
+    if linux.net_devices().as_ref().is_some_and(|d| !d.is_empty()) {
+        return refuse(
+            "linux.netDevices",
+            "a guest can't take a device of the host",
+        );
+    }
+    if let Some(seccomp) = linux.seccomp()
+        && seccomp.listener_path().is_some()
+    {
+        return refuse(
+            "linux.seccomp.listenerPath",
+            "no process of the host can answer for a guest's system calls",
+        );
+    }
+    linux.set_mount_label(None);
+    linux.set_cgroups_path(Some(Path::new("/husk").join(container)));
+    let namespaces = linux.namespaces().clone().unwrap_or_default();
+    linux.set_namespaces(Some(rewrite_namespaces(namespaces)?));
+    Ok(())
+}
+
+fn rewrite_namespaces(namespaces: Vec<LinuxNamespace>) -> Result<Vec<LinuxNamespace>, SpecError> {
+    let refuse = |kind: LinuxNamespaceType, reason| {
+        Err(SpecError::Unsupported {
+            what: format!("linux.namespaces, {}", name_of(kind)),
+            reason,
+        })
+    };
+    for kind in [
+        LinuxNamespaceType::Mount,
+        LinuxNamespaceType::Pid,
+        LinuxNamespaceType::Ipc,
+        LinuxNamespaceType::Uts,
+        LinuxNamespaceType::Network,
+    ] {
+        if !namespaces.iter().any(|namespace| namespace.typ() == kind) {
+            return refuse(
+                kind,
+                "without it the container would share the host's, and a guest can't",
+            );
+        }
+    }
+    let mut kept = Vec::new();
+    for namespace in namespaces {
+        // The pod's network is the guest's own; its path is one of the host's.
+        if namespace.typ() == LinuxNamespaceType::Network {
+            continue;
+        }
+        if namespace.path().is_some() {
+            return refuse(
+                namespace.typ(),
+                "the path is a namespace of the host, which a guest can't join",
+            );
+        }
+        kept.push(namespace);
+    }
+    Ok(kept)
+}
+
+/// As config.json names it.
+fn name_of(kind: LinuxNamespaceType) -> &'static str {
+    match kind {
+        LinuxNamespaceType::Mount => "mount",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "network",
+        LinuxNamespaceType::Time => "time",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(change: impl FnOnce(&mut Value)) -> Spec {
+        let mut spec = json!({
+            "ociVersion": "1.1.0",
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/",
+                         "apparmorProfile": "x", "selinuxLabel": "y" },
+            "root": { "path": "rootfs", "readonly": true },
+            "hostname": "h",
+            "hooks": { "prestart": [{ "path": "/bin/true" }] },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/a", "type": "bind", "source": "/host/a", "options": ["rbind", "rw"] },
+                { "destination": "/b", "source": "b", "options": ["bind", "ro"] },
+            ],
+            "linux": {
+                "cgroupsPath": "/default/x",
+                "namespaces": [
+                    { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" },
+                    { "type": "network", "path": "/run/netns/x" },
+                ],
+            },
+        });
+        change(&mut spec);
+        serde_json::from_value(spec).unwrap()
+    }
+
+    fn rewritten(change: impl FnOnce(&mut Value)) -> Result<GuestSpec, SpecError> {
+        guest_spec(spec(change), "c1")
+    }
+
+    fn refusal(change: impl FnOnce(&mut Value)) -> String {
+        rewritten(change).unwrap_err().to_string()
+    }
+
+    fn remove(part: &'static str) -> impl FnOnce(&mut Value) {
+        move |spec| {
+            spec.as_object_mut().unwrap().remove(part);
+        }
+    }
+
+    #[test]
+    fn missing_parts_are_named() {
+        for part in ["process", "root", "linux"] {
+            assert!(refusal(remove(part)).contains(part), "{part}");
+        }
+    }
+
+    #[test]
+    fn namespaces_of_the_host_are_refused() {
+        for (index, kind) in ["pid", "ipc", "uts", "mount"].into_iter().enumerate() {
+            let text = refusal(|spec| {
+                spec["linux"]["namespaces"][index]["path"] = json!("/proc/1/ns/x");
+            });
+            assert!(text.contains(kind), "{text}");
+        }
+    }
+
+    #[test]
+    fn missing_namespaces_are_refused() {
+        for (index, kind) in ["pid", "ipc", "uts", "mount", "network"]
+            .into_iter()
+            .enumerate()
+        {
+            let text = refusal(|spec| {
+                spec["linux"]["namespaces"]
+                    .as_array_mut()
+                    .unwrap()
+                    .remove(index);
+            });
+            assert!(text.contains(kind), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_a_guest_cannot_give_is_refused() {
+        for (name, value) in [
+            ("intelRdt", json!({ "closID": "x" })),
+            ("netDevices", json!({ "eth0": { "name": "eth1" } })),
+            (
+                "seccomp",
+                json!({ "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x" }),
+            ),
+        ] {
+            let text = refusal(|spec| spec["linux"][name] = value);
+            assert!(text.contains(name), "{text}");
+        }
+    }
+
+    #[test]
+    fn mounts_that_cannot_be_are_refused() {
+        for bad in [
+            json!({ "destination": "a", "type": "tmpfs" }),
+            json!({ "destination": "/../a", "type": "tmpfs" }),
+            json!({ "destination": "/a", "type": "bind" }),
+            json!({ "destination": "/a", "source": "/b", "options": ["bind", "idmap"] }),
+        ] {
+            assert!(
+                rewritten(|spec| spec["mounts"][0] = bad.clone()).is_err(),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn paths_become_the_guests() {
+        let guest = rewritten(|_| {}).unwrap();
+        let root = guest.spec.root().as_ref().unwrap();
+        assert_eq!(root.path(), Path::new("/run/husk/shared/c1/rootfs"));
+        assert_eq!(root.readonly(), Some(true));
+        assert_eq!(guest.root, Path::new("rootfs"));
+        let sources: Vec<_> = guest
+            .spec
+            .mounts()
+            .iter()
+            .flatten()
+            .map(|mount| mount.source().clone().unwrap())
+            .collect();
+        let expected = [
+            "proc",
+            "/run/husk/shared/c1/mounts/0",
+            "/run/husk/shared/c1/mounts/1",
+        ];
+        assert_eq!(sources, expected.map(PathBuf::from));
+    }
+
+    #[test]
+    fn volumes_keep_what_was_asked_for() {
+        let guest = rewritten(|_| {}).unwrap();
+        let expected = [
+            Volume {
+                source: "/host/a".into(),
+                is_recursive: true,
+                is_read_only: false,
+            },
+            Volume {
+                source: "b".into(),
+                is_recursive: false,
+                is_read_only: true,
+            },
+        ];
+        assert_eq!(guest.volumes, expected);
+    }
+
+    #[test]
+    fn what_belongs_to_the_host_is_gone() {
+        let guest = rewritten(|_| {}).unwrap();
+        let text = serde_json::to_string(&guest.spec).unwrap();
+        for gone in [
+            "network",
+            "netns",
+            "hooks",
+            "apparmor",
+            "selinux",
+            "/default/x",
+            "/host/a",
+        ] {
+            assert!(!text.contains(gone), "{gone} in {text}");
+        }
+    }
+}
