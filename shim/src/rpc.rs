@@ -1,0 +1,187 @@
+//! The Task service as ttrpc: decodes, calls [`Service`], encodes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
+    PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest,
+    StartResponse, StateRequest, StateResponse, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::shim_async::{Task, create_task};
+use ttrpc::r#async::{Service as RpcService, TtrpcContext};
+use ttrpc::{Code, get_status};
+
+use crate::convert::timestamp;
+use crate::pod::{PodError, PodMaker};
+use crate::service::Service;
+use crate::stdio::Paths;
+
+/// The service under both of its names. The two versions' messages are the same, so containerd
+/// 1.6 to 2.x all find what they expect.
+pub(crate) fn services<M: PodMaker + 'static>(
+    service: Arc<Service<M>>,
+) -> [HashMap<String, RpcService>; 2] {
+    let task = Arc::new(Rpc { service });
+    let v3 = create_task(task.clone());
+    let v2 = create_task(task)
+        .into_iter()
+        .map(|(name, service)| (name.replace("task.v3", "task.v2"), service))
+        .collect();
+    [v2, v3]
+}
+
+struct Rpc<M: PodMaker> {
+    service: Arc<Service<M>>,
+}
+
+/// The one place where our errors become the transport's.
+fn status(error: PodError) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(get_status(error.code, error.text))
+}
+
+#[async_trait]
+impl<M: PodMaker + 'static> Task for Rpc<M> {
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        self.service
+            .state(request.id(), request.exec_id())
+            .map_err(status)
+    }
+
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        let mut response = CreateTaskResponse::new();
+        response.set_pid(self.service.create(&request).await.map_err(status)?);
+        Ok(response)
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let started = self.service.start(request.id(), request.exec_id()).await;
+        let mut response = StartResponse::new();
+        response.set_pid(started.map_err(status)?);
+        Ok(response)
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteRequest,
+    ) -> ttrpc::Result<DeleteResponse> {
+        self.service
+            .delete(request.id(), request.exec_id())
+            .await
+            .map_err(status)
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let mut response = PidsResponse::new();
+        response.processes = self.service.pids(request.id()).await.map_err(status)?;
+        Ok(response)
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.service
+            .pause(request.id(), true)
+            .await
+            .map_err(status)?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.service
+            .pause(request.id(), false)
+            .await
+            .map_err(status)?;
+        Ok(Empty::new())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        self.service
+            .kill(
+                request.id(),
+                request.exec_id(),
+                request.signal(),
+                request.all(),
+            )
+            .await
+            .map_err(status)?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        if request.exec_id().is_empty() {
+            return Err(status(PodError::new(
+                Code::INVALID_ARGUMENT,
+                "the exec id is empty",
+            )));
+        }
+        let paths = Paths {
+            stdin: request.stdin().to_owned(),
+            stdout: request.stdout().to_owned(),
+            stderr: request.stderr().to_owned(),
+            terminal: request.terminal(),
+        };
+        let process = request.spec().value.clone();
+        self.service
+            .exec(request.id(), request.exec_id(), paths, process)
+            .await
+            .map_err(status)?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.service
+            .resize(
+                request.id(),
+                request.exec_id(),
+                request.width(),
+                request.height(),
+            )
+            .await
+            .map_err(status)?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        if request.stdin() {
+            self.service
+                .close_stdin(request.id(), request.exec_id())
+                .map_err(status)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let exit = self
+            .service
+            .wait(request.id(), request.exec_id())
+            .await
+            .map_err(status)?;
+        let mut response = WaitResponse::new();
+        response.set_exit_status(exit.status);
+        response.set_exited_at(timestamp(exit.at));
+        Ok(response)
+    }
+
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectRequest,
+    ) -> ttrpc::Result<ConnectResponse> {
+        Ok(self.service.connect(request.id()))
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.service.shutdown(request.now()).await;
+        Ok(Empty::new())
+    }
+}

@@ -1,0 +1,309 @@
+//! The server of one pod: the Task service over ttrpc, on the socket that `start` has made.
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use async_trait::async_trait;
+use husk_sandbox::{
+    ContainerError, ContainerRequest, Drained, ErrorKind, Install, ProcessIo, RootfsMount,
+    STATE_DIR_ROOT, Sandbox, SandboxConfig, Settings, oci,
+};
+use rustix::io::dup;
+use tokio::signal::unix::{SignalKind, signal};
+use ttrpc::Code;
+use ttrpc::r#async::transport::Listener;
+
+use crate::args::Arguments;
+use crate::bootstrap::socket_path;
+use crate::events::Publisher;
+use crate::pod::{Exit, GuestProcess, NewContainer, Pod, PodError, PodMaker};
+use crate::service::{Service, chain};
+use crate::stdio::Ends;
+use crate::{log, rpc};
+
+/// How long a guest may take to power itself off before it is stopped.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a process's last output may wait for a reader once the process is deleted.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long answers that are under way may take to leave as the server ends.
+const DISCONNECT_DEADLINE: Duration = Duration::from_secs(2);
+
+/// What a process of a machine that is gone has ended with: 128 + SIGKILL.
+const STATUS_KILLED: u32 = 137;
+
+/// Serves until containerd asks for the end.
+pub(crate) fn serve(arguments: Arguments) -> anyhow::Result<()> {
+    log::init(arguments.debug);
+    let served = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime of this process")?
+        .block_on(serve_pod(arguments));
+    if let Err(error) = &served {
+        tracing::error!("{error:#}");
+    }
+    served
+}
+
+async fn serve_pod(arguments: Arguments) -> anyhow::Result<()> {
+    let listener = dup(rustix::stdio::stdin()).context("cannot take over the socket")?;
+    let listener = Listener::try_from(UnixListener::from(listener))
+        .context("standard input is not a listening socket: -serve is for `start` alone")?;
+    let events = Publisher::to_containerd(ttrpc_address(&arguments), arguments.namespace.clone());
+    let socket = socket_path(&arguments.namespace, &arguments.id);
+    let maker = Maker {
+        namespace: arguments.namespace,
+        id: arguments.id,
+    };
+    let service = Service::new(maker, events.clone());
+    let [v2, v3] = rpc::services(service.clone());
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(listener)
+        .register_service(v2)
+        .register_service(v3);
+    server.start().await.context("cannot serve")?;
+
+    let mut terminate = signal(SignalKind::terminate()).context("cannot await SIGTERM")?;
+    tokio::select! {
+        () = service.ended() => {}
+        _ = terminate.recv() => service.shutdown(true).await,
+    }
+    // No new caller finds the socket; the answer to Shutdown still goes out.
+    let _ = fs::remove_file(&socket);
+    if tokio::time::timeout(DISCONNECT_DEADLINE, server.shutdown())
+        .await
+        .is_err()
+    {
+        tracing::debug!("connections were still open at the end");
+    }
+    events.flushed().await;
+    Ok(())
+}
+
+/// containerd's ttrpc socket: from the environment, else beside the gRPC socket.
+fn ttrpc_address(arguments: &Arguments) -> PathBuf {
+    match std::env::var_os("TTRPC_ADDRESS") {
+        Some(address) if !address.is_empty() => address.into(),
+        _ => format!("{}.ttrpc", arguments.address).into(),
+    }
+}
+
+struct Maker {
+    namespace: String,
+    id: String,
+}
+
+#[async_trait]
+impl PodMaker for Maker {
+    type Pod = SandboxPod;
+
+    async fn make(&self, first: &NewContainer) -> Result<SandboxPod, PodError> {
+        let failed = |error: &(dyn std::error::Error + 'static)| {
+            PodError::new(Code::FAILED_PRECONDITION, chain(error))
+        };
+        let settings = Settings::load().map_err(|error| failed(&error))?;
+        let install = Install::locate_with(&settings).map_err(|error| failed(&error))?;
+        let config = SandboxConfig {
+            namespace: self.namespace.clone(),
+            id: self.id.clone(),
+            state_dir_root: Path::new(STATE_DIR_ROOT).to_owned(),
+            install,
+            vcpus: settings.vm.vcpus,
+            memory_mib: settings.vm.memory_mib,
+            cmdline_extra: settings.vm.cmdline_extra,
+            hostname: first.spec.hostname().clone().unwrap_or_default(),
+            netns: netns(&first.spec),
+            cgroup: None,
+        };
+        let sandbox = Sandbox::start(config)
+            .await
+            .map_err(|error| PodError::new(Code::INTERNAL, chain(&error)))?;
+        tracing::info!(timings = ?sandbox.timings(), guest = ?sandbox.guest(), "pod started");
+        Ok(SandboxPod { sandbox })
+    }
+}
+
+/// The network namespace that the spec joins by path.
+fn netns(spec: &oci::Spec) -> Option<PathBuf> {
+    spec.linux()
+        .as_ref()?
+        .namespaces()
+        .as_ref()?
+        .iter()
+        .find(|namespace| namespace.typ() == oci::LinuxNamespaceType::Network)?
+        .path()
+        .clone()
+}
+
+struct SandboxPod {
+    sandbox: Sandbox,
+}
+
+impl From<ContainerError> for PodError {
+    fn from(error: ContainerError) -> Self {
+        let code = match error.kind() {
+            ErrorKind::NotFound => Code::NOT_FOUND,
+            ErrorKind::AlreadyExists => Code::ALREADY_EXISTS,
+            ErrorKind::FailedPrecondition => Code::FAILED_PRECONDITION,
+            ErrorKind::InvalidArgument => Code::INVALID_ARGUMENT,
+            ErrorKind::Unimplemented => Code::UNIMPLEMENTED,
+            ErrorKind::Unavailable => Code::UNAVAILABLE,
+            ErrorKind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
+            ErrorKind::Internal => Code::INTERNAL,
+        };
+        Self::new(code, chain(&error))
+    }
+}
+
+fn process_io(terminal: bool, ends: Ends) -> ProcessIo {
+    ProcessIo {
+        stdin: ends.stdin,
+        stdin_keeper: None,
+        stdout: ends.stdout,
+        stderr: ends.stderr,
+        terminal,
+    }
+}
+
+#[async_trait]
+impl Pod for SandboxPod {
+    fn host_pid(&self) -> u32 {
+        self.sandbox.vmm_pid()
+    }
+
+    async fn create_container(&self, new: NewContainer) -> Result<(), PodError> {
+        let rootfs = new
+            .rootfs
+            .into_iter()
+            .map(|mount| RootfsMount {
+                fstype: mount.fstype,
+                source: mount.source,
+                target: mount.target,
+                options: mount.options,
+            })
+            .collect();
+        self.sandbox
+            .create_container(ContainerRequest {
+                id: new.id,
+                bundle: new.bundle,
+                spec: new.spec,
+                rootfs,
+                io: process_io(new.terminal, new.ends),
+            })
+            .await?;
+        Ok(())
+    }
+
+    async fn create_process(
+        &self,
+        container: &str,
+        exec: &str,
+        process: Vec<u8>,
+        terminal: bool,
+        ends: Ends,
+    ) -> Result<(), PodError> {
+        let process: oci::Process = serde_json::from_slice(&process).map_err(|error| {
+            PodError::new(
+                Code::INVALID_ARGUMENT,
+                format!("the process of exec {exec:?}: {error}"),
+            )
+        })?;
+        Ok(self
+            .sandbox
+            .create_process(container, exec, &process, process_io(terminal, ends))
+            .await?)
+    }
+
+    async fn start_process(&self, container: &str, exec: &str) -> Result<(), PodError> {
+        self.sandbox.start_process(container, exec).await?;
+        Ok(())
+    }
+
+    async fn wait_process(&self, container: &str, exec: &str) -> Exit {
+        match self.sandbox.wait_process(container, exec).await {
+            Ok(exit) => Exit {
+                status: exit.status,
+                at: exit.at,
+            },
+            Err(error) => {
+                tracing::error!(container, exec, "the exit is not known: {}", chain(&error));
+                Exit {
+                    status: STATUS_KILLED,
+                    at: SystemTime::now(),
+                }
+            }
+        }
+    }
+
+    async fn signal_process(
+        &self,
+        container: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), PodError> {
+        Ok(self.sandbox.signal(container, exec, signal, all).await?)
+    }
+
+    async fn resize_terminal(
+        &self,
+        container: &str,
+        exec: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), PodError> {
+        Ok(self.sandbox.resize(container, exec, width, height).await?)
+    }
+
+    async fn processes(&self, container: &str) -> Result<Vec<GuestProcess>, PodError> {
+        let listed = self.sandbox.list_processes(container).await?;
+        Ok(listed
+            .into_iter()
+            .map(|process| GuestProcess {
+                pid: process.pid,
+                exec_id: process.exec_id,
+            })
+            .collect())
+    }
+
+    async fn pause(&self, container: &str) -> Result<(), PodError> {
+        Ok(self.sandbox.pause(container).await?)
+    }
+
+    async fn resume(&self, container: &str) -> Result<(), PodError> {
+        Ok(self.sandbox.resume(container).await?)
+    }
+
+    async fn output_drained(&self, container: &str, exec: &str) {
+        match self
+            .sandbox
+            .output_drained(container, exec, DRAIN_DEADLINE)
+            .await
+        {
+            Ok(Drained::All) => {}
+            Ok(Drained::NotInTime) => {
+                tracing::warn!(container, exec, "output is lost: nobody reads it");
+            }
+            Err(error) => tracing::debug!(container, exec, "no output: {}", chain(&error)),
+        }
+    }
+
+    async fn delete_process(&self, container: &str, exec: &str) -> Result<(), PodError> {
+        Ok(self.sandbox.delete_process(container, exec).await?)
+    }
+
+    async fn delete_container(&self, container: &str) -> Result<(), PodError> {
+        Ok(self.sandbox.delete_container(container).await?)
+    }
+
+    async fn shutdown(&self) {
+        if let Err(error) = self.sandbox.shutdown(SHUTDOWN_DEADLINE).await {
+            tracing::error!("something of the pod is left: {}", chain(&error));
+        }
+    }
+}

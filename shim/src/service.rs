@@ -1,0 +1,472 @@
+//! The Task service, without its transport: finds the task, acts, publishes.
+//!
+//! Order of events: create before start before exit before delete, and init's exit after the
+//! exits of all its execs. One background task per process awaits its end and is the only place
+//! that records it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use containerd_shim_protos::api::{
+    ConnectResponse, CreateTaskRequest, DeleteResponse, Mount, ProcessInfo, StateResponse, Status,
+};
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskPaused,
+    TaskResumed, TaskStart,
+};
+use oci_spec::runtime::Spec;
+use tokio::sync::{OnceCell, watch};
+use ttrpc::Code;
+
+use crate::convert::timestamp;
+use crate::events::{Event, Publisher};
+use crate::pod::{Exit, NewContainer, Pod, PodError, PodMaker, RootMount};
+use crate::state::{Refused, State, Step};
+use crate::stdio::Paths;
+use crate::task::{Process, Task};
+
+/// How long init's exit waits for the exits of execs, which end with it.
+const EXECS_END_DEADLINE: Duration = Duration::from_secs(10);
+
+impl From<Refused> for PodError {
+    fn from(refused: Refused) -> Self {
+        Self::new(Code::FAILED_PRECONDITION, refused)
+    }
+}
+
+/// The tasks of one pod.
+pub(crate) struct Service<M: PodMaker> {
+    maker: M,
+    pod: OnceCell<Arc<M::Pod>>,
+    events: Publisher,
+    tasks: Mutex<HashMap<String, Arc<Task>>>,
+    /// Set when this process is to end.
+    ended: watch::Sender<bool>,
+}
+
+impl<M: PodMaker + 'static> Service<M> {
+    pub(crate) fn new(maker: M, events: Publisher) -> Arc<Self> {
+        Arc::new(Self {
+            maker,
+            pod: OnceCell::new(),
+            events,
+            tasks: Mutex::default(),
+            ended: watch::Sender::new(false),
+        })
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, HashMap<String, Arc<Task>>> {
+        // Nothing below panics while it holds the lock.
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn task(&self, id: &str) -> Result<Arc<Task>, PodError> {
+        self.tasks()
+            .get(id)
+            .cloned()
+            .ok_or_else(|| PodError::new(Code::NOT_FOUND, format!("task {id:?} not found")))
+    }
+
+    fn process(&self, id: &str, exec: &str) -> Result<(Arc<Task>, Arc<Process>), PodError> {
+        let task = self.task(id)?;
+        let process = task.process(exec).ok_or_else(|| {
+            PodError::new(
+                Code::NOT_FOUND,
+                format!("process {exec:?} of task {id:?} not found"),
+            )
+        })?;
+        Ok((task, process))
+    }
+
+    fn pod(&self) -> Result<Arc<M::Pod>, PodError> {
+        self.pod
+            .get()
+            .cloned()
+            .ok_or_else(|| PodError::new(Code::FAILED_PRECONDITION, "no container was created yet"))
+    }
+
+    /// The pid containerd is told, for every process: guest pids mean nothing on the host.
+    fn pid(&self) -> u32 {
+        self.pod.get().map_or(0, |pod| pod.host_pid())
+    }
+
+    pub(crate) async fn create(
+        self: &Arc<Self>,
+        request: &CreateTaskRequest,
+    ) -> Result<u32, PodError> {
+        let id = request.id();
+        if !request.checkpoint().is_empty() {
+            return Err(PodError::new(
+                Code::UNIMPLEMENTED,
+                "checkpoints are not supported",
+            ));
+        }
+        if self.tasks().contains_key(id) {
+            return Err(PodError::new(
+                Code::ALREADY_EXISTS,
+                format!("task {id:?} exists already"),
+            ));
+        }
+        let paths = Paths {
+            stdin: request.stdin().to_owned(),
+            stdout: request.stdout().to_owned(),
+            stderr: request.stderr().to_owned(),
+            terminal: request.terminal(),
+        };
+        let (ends, held) = paths
+            .open()
+            .map_err(|error| PodError::new(Code::INVALID_ARGUMENT, chain(&error)))?;
+        let new = NewContainer {
+            id: id.to_owned(),
+            bundle: request.bundle().into(),
+            spec: read_spec(request.bundle())?,
+            rootfs: request.rootfs.iter().map(root_mount).collect(),
+            terminal: request.terminal(),
+            ends,
+        };
+        let pod = self
+            .pod
+            .get_or_try_init(|| async { Ok::<_, PodError>(Arc::new(self.maker.make(&new).await?)) })
+            .await?
+            .clone();
+        if let Err(error) = pod.create_container(new).await {
+            if self.tasks().is_empty() {
+                pod.shutdown().await;
+            }
+            return Err(error);
+        }
+        let init = Process::new(paths.clone(), held);
+        let task = Task::new(request.bundle().into(), init.clone());
+        self.tasks().insert(id.to_owned(), task);
+
+        let pid = pod.host_pid();
+        let mut event = TaskCreate::new();
+        event.set_container_id(id.to_owned());
+        event.set_bundle(request.bundle().to_owned());
+        event.rootfs = request.rootfs.clone();
+        let mut io = TaskIO::new();
+        io.set_stdin(paths.stdin);
+        io.set_stdout(paths.stdout);
+        io.set_stderr(paths.stderr);
+        io.set_terminal(paths.terminal);
+        event.set_io(io);
+        event.set_pid(pid);
+        self.events.publish(Event::Create(event));
+        self.watch(pod, id, "", &init);
+        Ok(pid)
+    }
+
+    pub(crate) async fn exec(
+        &self,
+        id: &str,
+        exec: &str,
+        paths: Paths,
+        process: Vec<u8>,
+    ) -> Result<(), PodError> {
+        let task = self.task(id)?;
+        if task.init.state() == State::Stopped {
+            return Err(PodError::new(
+                Code::FAILED_PRECONDITION,
+                "cannot exec in a stopped container",
+            ));
+        }
+        let exists = || {
+            PodError::new(
+                Code::ALREADY_EXISTS,
+                format!("exec {exec:?} of task {id:?} exists"),
+            )
+        };
+        if task.process(exec).is_some() {
+            return Err(exists());
+        }
+        let (ends, held) = paths
+            .open()
+            .map_err(|error| PodError::new(Code::INVALID_ARGUMENT, chain(&error)))?;
+        let terminal = paths.terminal;
+        self.pod()?
+            .create_process(id, exec, process, terminal, ends)
+            .await?;
+        if !task.add_exec(exec, Process::new(paths, held)) {
+            return Err(exists());
+        }
+        let mut event = TaskExecAdded::new();
+        event.set_container_id(id.to_owned());
+        event.set_exec_id(exec.to_owned());
+        self.events.publish(Event::ExecAdded(event));
+        Ok(())
+    }
+
+    pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, PodError> {
+        let (_, process) = self.process(id, exec)?;
+        let pod = self.pod()?;
+        process.step(Step::Start)?;
+        if let Err(error) = pod.start_process(id, exec).await {
+            process.step(Step::StartFailed)?;
+            return Err(error);
+        }
+        let pid = pod.host_pid();
+        if exec.is_empty() {
+            let mut event = TaskStart::new();
+            event.set_container_id(id.to_owned());
+            event.set_pid(pid);
+            self.events.publish(Event::Start(event));
+        } else {
+            let mut event = TaskExecStarted::new();
+            event.set_container_id(id.to_owned());
+            event.set_exec_id(exec.to_owned());
+            event.set_pid(pid);
+            self.events.publish(Event::ExecStarted(event));
+        }
+        process.step(Step::Started)?;
+        if !exec.is_empty() {
+            self.watch(pod, id, exec, &process);
+        }
+        Ok(pid)
+    }
+
+    /// Awaits the end of a process in the background, records it, and says so.
+    fn watch(self: &Arc<Self>, pod: Arc<M::Pod>, id: &str, exec: &str, process: &Arc<Process>) {
+        let service = self.clone();
+        let process = process.clone();
+        let (id, exec) = (id.to_owned(), exec.to_owned());
+        tokio::spawn(async move {
+            let exit = pod.wait_process(&id, &exec).await;
+            // The start event goes first.
+            process.not_starting().await;
+            if exec.is_empty()
+                && let Ok(task) = service.task(&id)
+            {
+                execs_ended(&task).await;
+            }
+            service.publish_exit(&id, &exec, exit);
+            process.record_exit(exit);
+        });
+    }
+
+    fn publish_exit(&self, id: &str, exec: &str, exit: Exit) {
+        let mut event = TaskExit::new();
+        event.set_container_id(id.to_owned());
+        event.set_id(if exec.is_empty() { id } else { exec }.to_owned());
+        event.set_pid(self.pid());
+        event.set_exit_status(exit.status);
+        event.set_exited_at(timestamp(exit.at));
+        self.events.publish(Event::Exit(event));
+    }
+
+    pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<Exit, PodError> {
+        let (_, process) = self.process(id, exec)?;
+        Ok(process.exited().await)
+    }
+
+    pub(crate) fn state(&self, id: &str, exec: &str) -> Result<StateResponse, PodError> {
+        let (task, process) = self.process(id, exec)?;
+        let mut response = StateResponse::new();
+        response.set_id(id.to_owned());
+        response.set_exec_id(exec.to_owned());
+        response.set_bundle(task.bundle.display().to_string());
+        response.set_pid(self.pid());
+        response.set_status(match process.state() {
+            State::Created | State::Starting => Status::CREATED,
+            State::Running => Status::RUNNING,
+            State::Paused => Status::PAUSED,
+            State::Stopped | State::Deleting => Status::STOPPED,
+        });
+        response.set_stdin(process.paths.stdin.clone());
+        response.set_stdout(process.paths.stdout.clone());
+        response.set_stderr(process.paths.stderr.clone());
+        response.set_terminal(process.paths.terminal);
+        if let Some(exit) = process.exit() {
+            response.set_exit_status(exit.status);
+            response.set_exited_at(timestamp(exit.at));
+        }
+        Ok(response)
+    }
+
+    pub(crate) async fn kill(
+        &self,
+        id: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), PodError> {
+        let (_, process) = self.process(id, exec)?;
+        match process.state() {
+            State::Created if !exec.is_empty() => Err(PodError::new(
+                Code::FAILED_PRECONDITION,
+                "process not started: cannot signal",
+            )),
+            // The Go shim's words, which clients look for.
+            State::Stopped | State::Deleting => {
+                Err(PodError::new(Code::NOT_FOUND, "process already finished"))
+            }
+            _ => self.pod()?.signal_process(id, exec, signal, all).await,
+        }
+    }
+
+    pub(crate) async fn resize(
+        &self,
+        id: &str,
+        exec: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), PodError> {
+        self.process(id, exec)?;
+        self.pod()?.resize_terminal(id, exec, width, height).await
+    }
+
+    pub(crate) fn close_stdin(&self, id: &str, exec: &str) -> Result<(), PodError> {
+        let (_, process) = self.process(id, exec)?;
+        process.close_stdin();
+        Ok(())
+    }
+
+    pub(crate) async fn pause(&self, id: &str, pause: bool) -> Result<(), PodError> {
+        let task = self.task(id)?;
+        let pod = self.pod()?;
+        let step = if pause { Step::Pause } else { Step::Resume };
+        // Asked of the table first: the guest is not bothered with what can't be.
+        task.init.state().after(step)?;
+        if pause {
+            pod.pause(id).await?;
+            task.init.step(step)?;
+            let mut event = TaskPaused::new();
+            event.set_container_id(id.to_owned());
+            self.events.publish(Event::Paused(event));
+        } else {
+            pod.resume(id).await?;
+            task.init.step(step)?;
+            let mut event = TaskResumed::new();
+            event.set_container_id(id.to_owned());
+            self.events.publish(Event::Resumed(event));
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>, PodError> {
+        let task = self.task(id)?;
+        if task.init.state() == State::Stopped {
+            return Err(PodError::new(Code::NOT_FOUND, "the container has stopped"));
+        }
+        let processes = self.pod()?.processes(id).await?;
+        Ok(processes
+            .into_iter()
+            .map(|process| {
+                let mut info = ProcessInfo::new();
+                info.set_pid(process.pid);
+                info
+            })
+            .collect())
+    }
+
+    pub(crate) async fn delete(&self, id: &str, exec: &str) -> Result<DeleteResponse, PodError> {
+        let (_, process) = self.process(id, exec)?;
+        let pod = self.pod()?;
+        process.step(Step::Delete)?;
+        pod.output_drained(id, exec).await;
+        process.release_stdio();
+        let pid = pod.host_pid();
+        if exec.is_empty() {
+            if let Err(error) = pod.delete_container(id).await {
+                tracing::warn!(%error, id, "the guest could not remove the container");
+            }
+            self.tasks().remove(id);
+            if self.tasks().is_empty() {
+                pod.shutdown().await;
+            }
+        } else {
+            if let Err(error) = pod.delete_process(id, exec).await {
+                tracing::warn!(%error, id, exec, "the guest could not remove the process");
+            }
+            self.task(id)?.remove_exec(exec);
+        }
+        let mut response = DeleteResponse::new();
+        response.set_pid(pid);
+        if let Some(exit) = process.exit() {
+            response.set_exit_status(exit.status);
+            response.set_exited_at(timestamp(exit.at));
+        }
+        if exec.is_empty() {
+            let mut event = TaskDelete::new();
+            event.set_container_id(id.to_owned());
+            event.set_id(id.to_owned());
+            event.set_pid(pid);
+            event.set_exit_status(response.exit_status());
+            event.exited_at = response.exited_at.clone();
+            self.events.publish(Event::Delete(event));
+        }
+        Ok(response)
+    }
+
+    pub(crate) fn connect(&self, id: &str) -> ConnectResponse {
+        let mut response = ConnectResponse::new();
+        response.set_shim_pid(std::process::id());
+        if self.tasks().contains_key(id) {
+            response.set_task_pid(self.pid());
+        }
+        response
+    }
+
+    /// Ends this process, unless containers are left and `now` is not set.
+    pub(crate) async fn shutdown(&self, now: bool) {
+        if !now && !self.tasks().is_empty() {
+            return;
+        }
+        if let Some(pod) = self.pod.get() {
+            pod.shutdown().await;
+        }
+        self.ended.send_replace(true);
+    }
+
+    /// Answers when `shutdown` has done its work.
+    pub(crate) async fn ended(&self) {
+        // The sender lives in self.
+        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+}
+
+/// Waits for the exits of a task's execs: they end with init.
+async fn execs_ended(task: &Task) {
+    let all = async {
+        for exec in task.running_execs() {
+            exec.exited().await;
+        }
+    };
+    if tokio::time::timeout(EXECS_END_DEADLINE, all).await.is_err() {
+        tracing::warn!("execs outlived their container's init by {EXECS_END_DEADLINE:?}");
+    }
+}
+
+fn read_spec(bundle: &str) -> Result<Spec, PodError> {
+    let path = std::path::Path::new(bundle).join("config.json");
+    Spec::load(&path).map_err(|error| {
+        PodError::new(
+            Code::INVALID_ARGUMENT,
+            format!("cannot read {path:?}: {}", chain(&error)),
+        )
+    })
+}
+
+fn root_mount(mount: &Mount) -> RootMount {
+    RootMount {
+        fstype: mount.type_().to_owned(),
+        source: mount.source().to_owned(),
+        target: mount.target().to_owned(),
+        options: mount.options.clone(),
+    }
+}
+
+/// An error with its causes, on one line.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

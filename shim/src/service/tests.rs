@@ -1,0 +1,310 @@
+use std::fs;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::CreateTaskRequest;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::*;
+use crate::events::Item;
+use crate::pod::GuestProcess;
+use crate::stdio::Ends;
+
+/// A pod whose processes end when they are signalled; their status is the signal's number.
+#[derive(Default)]
+struct FakePod {
+    exits: Mutex<HashMap<String, watch::Sender<Option<u32>>>>,
+}
+
+impl FakePod {
+    fn process(&self, container: &str, exec: &str) -> watch::Sender<Option<u32>> {
+        let mut exits = self.exits.lock().unwrap();
+        exits
+            .entry(format!("{container}/{exec}"))
+            .or_insert(watch::Sender::new(None))
+            .clone()
+    }
+}
+
+#[async_trait]
+impl Pod for FakePod {
+    fn host_pid(&self) -> u32 {
+        42
+    }
+
+    async fn create_container(&self, new: NewContainer) -> Result<(), PodError> {
+        if new.id == "bad" {
+            return Err(PodError::new(Code::INVALID_ARGUMENT, "bad container"));
+        }
+        Ok(())
+    }
+
+    async fn create_process(
+        &self,
+        _: &str,
+        _: &str,
+        _: Vec<u8>,
+        _: bool,
+        _: Ends,
+    ) -> Result<(), PodError> {
+        Ok(())
+    }
+
+    async fn start_process(&self, container: &str, exec: &str) -> Result<(), PodError> {
+        self.process(container, exec);
+        if exec == "missing" {
+            return Err(PodError::new(Code::NOT_FOUND, "no such file"));
+        }
+        Ok(())
+    }
+
+    async fn wait_process(&self, container: &str, exec: &str) -> Exit {
+        let mut exit = self.process(container, exec).subscribe();
+        let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        Exit {
+            status,
+            at: SystemTime::now(),
+        }
+    }
+
+    async fn signal_process(
+        &self,
+        container: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), PodError> {
+        self.process(container, exec).send_replace(Some(signal));
+        if all {
+            for process in self.exits.lock().unwrap().values() {
+                process.send_replace(Some(signal));
+            }
+        }
+        Ok(())
+    }
+
+    async fn resize_terminal(&self, _: &str, _: &str, _: u32, _: u32) -> Result<(), PodError> {
+        Ok(())
+    }
+
+    async fn processes(&self, _: &str) -> Result<Vec<GuestProcess>, PodError> {
+        Ok(vec![GuestProcess {
+            pid: 7,
+            exec_id: None,
+        }])
+    }
+
+    async fn pause(&self, _: &str) -> Result<(), PodError> {
+        Ok(())
+    }
+
+    async fn resume(&self, _: &str) -> Result<(), PodError> {
+        Ok(())
+    }
+
+    async fn output_drained(&self, _: &str, _: &str) {}
+
+    async fn delete_process(&self, _: &str, _: &str) -> Result<(), PodError> {
+        Ok(())
+    }
+
+    async fn delete_container(&self, _: &str) -> Result<(), PodError> {
+        Ok(())
+    }
+
+    async fn shutdown(&self) {}
+}
+
+struct FakeMaker;
+
+#[async_trait]
+impl PodMaker for FakeMaker {
+    type Pod = FakePod;
+
+    async fn make(&self, _: &NewContainer) -> Result<FakePod, PodError> {
+        Ok(FakePod::default())
+    }
+}
+
+struct Fixture {
+    service: Arc<Service<FakeMaker>>,
+    events: UnboundedReceiver<Item>,
+    bundle: tempfile::TempDir,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let bundle = tempfile::tempdir().unwrap();
+        fs::write(
+            bundle.path().join("config.json"),
+            r#"{"ociVersion": "1.1.0"}"#,
+        )
+        .unwrap();
+        let (publisher, events) = Publisher::channel();
+        Self {
+            service: Service::new(FakeMaker, publisher),
+            events,
+            bundle,
+        }
+    }
+
+    async fn create(&self, id: &str) -> Result<u32, PodError> {
+        let mut request = CreateTaskRequest::new();
+        request.set_id(id.to_owned());
+        request.set_bundle(self.bundle.path().display().to_string());
+        self.service.create(&request).await
+    }
+
+    /// The kinds of all events so far, a word each.
+    fn published(&mut self) -> Vec<String> {
+        let mut words = Vec::new();
+        while let Ok(Item::Event(event)) = self.events.try_recv() {
+            words.push(match *event {
+                Event::Create(_) => "create".to_owned(),
+                Event::Start(_) => "start".to_owned(),
+                Event::ExecAdded(_) => "exec-added".to_owned(),
+                Event::ExecStarted(_) => "exec-started".to_owned(),
+                Event::Exit(exit) => format!("exit {} {}", exit.id(), exit.exit_status()),
+                Event::Paused(_) => "paused".to_owned(),
+                Event::Resumed(_) => "resumed".to_owned(),
+                Event::Delete(_) => "delete".to_owned(),
+            });
+        }
+        words
+    }
+}
+
+fn code<T: std::fmt::Debug>(result: Result<T, PodError>) -> Code {
+    result.unwrap_err().code
+}
+
+#[tokio::test]
+async fn unknown_names_are_not_found() {
+    let fixture = Fixture::new();
+    let service = &fixture.service;
+    assert_eq!(code(service.start("t1", "").await), Code::NOT_FOUND);
+    assert_eq!(code(service.wait("t1", "").await), Code::NOT_FOUND);
+    assert_eq!(code(service.delete("t1", "").await), Code::NOT_FOUND);
+    fixture.create("t1").await.unwrap();
+    assert_eq!(code(service.start("t1", "e1").await), Code::NOT_FOUND);
+    assert_eq!(
+        code(service.kill("t1", "e1", 9, false).await),
+        Code::NOT_FOUND
+    );
+}
+
+#[tokio::test]
+async fn failed_create_leaves_no_task_and_no_event() {
+    let mut fixture = Fixture::new();
+    assert_eq!(code(fixture.create("bad").await), Code::INVALID_ARGUMENT);
+    assert_eq!(code(fixture.service.state("bad", "")), Code::NOT_FOUND);
+    assert!(fixture.published().is_empty());
+}
+
+#[tokio::test]
+async fn second_task_of_the_same_id_is_refused() {
+    let fixture = Fixture::new();
+    fixture.create("t1").await.unwrap();
+    assert_eq!(code(fixture.create("t1").await), Code::ALREADY_EXISTS);
+}
+
+#[tokio::test]
+async fn whole_life_publishes_its_events_in_order() {
+    let mut fixture = Fixture::new();
+    let service = fixture.service.clone();
+    assert_eq!(fixture.create("t1").await.unwrap(), 42);
+    service.start("t1", "").await.unwrap();
+    assert_eq!(
+        code(service.delete("t1", "").await),
+        Code::FAILED_PRECONDITION
+    );
+    service.pause("t1", true).await.unwrap();
+    assert_eq!(
+        code(service.pause("t1", true).await),
+        Code::FAILED_PRECONDITION
+    );
+    service.pause("t1", false).await.unwrap();
+    service.kill("t1", "", 15, false).await.unwrap();
+    assert_eq!(service.wait("t1", "").await.unwrap().status, 15);
+    assert_eq!(
+        code(service.kill("t1", "", 15, false).await),
+        Code::NOT_FOUND
+    );
+    assert_eq!(service.delete("t1", "").await.unwrap().exit_status(), 15);
+    assert_eq!(
+        fixture.published(),
+        [
+            "create",
+            "start",
+            "paused",
+            "resumed",
+            "exit t1 15",
+            "delete"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn exit_of_init_comes_after_the_exits_of_its_execs() {
+    let mut fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("t1").await.unwrap();
+    service.start("t1", "").await.unwrap();
+    service
+        .exec("t1", "e1", Paths::default(), Vec::new())
+        .await
+        .unwrap();
+    let again = service.exec("t1", "e1", Paths::default(), Vec::new()).await;
+    assert_eq!(code(again), Code::ALREADY_EXISTS);
+    service.start("t1", "e1").await.unwrap();
+    service.kill("t1", "", 9, true).await.unwrap();
+    service.wait("t1", "").await.unwrap();
+    assert_eq!(
+        fixture.published(),
+        [
+            "create",
+            "start",
+            "exec-added",
+            "exec-started",
+            "exit e1 9",
+            "exit t1 9"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn exec_that_cannot_start_can_be_deleted() {
+    let fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("t1").await.unwrap();
+    service.start("t1", "").await.unwrap();
+    service
+        .exec("t1", "missing", Paths::default(), Vec::new())
+        .await
+        .unwrap();
+    assert_eq!(code(service.start("t1", "missing").await), Code::NOT_FOUND);
+    service.delete("t1", "missing").await.unwrap();
+    assert_eq!(code(service.state("t1", "missing")), Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn task_that_was_never_started_can_be_killed_and_deleted() {
+    let mut fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("t1").await.unwrap();
+    service.kill("t1", "", 9, false).await.unwrap();
+    assert_eq!(service.wait("t1", "").await.unwrap().status, 9);
+    service.delete("t1", "").await.unwrap();
+    assert_eq!(fixture.published(), ["create", "exit t1 9", "delete"]);
+}
+
+#[tokio::test]
+async fn shutdown_waits_for_the_last_task_unless_it_must_be_now() {
+    let fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("t1").await.unwrap();
+    service.shutdown(false).await;
+    assert!(!*service.ended.borrow());
+    service.shutdown(true).await;
+    service.ended().await;
+}
