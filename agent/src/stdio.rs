@@ -23,8 +23,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
-/// How long a port waits for its one connection.
-const ACCEPT_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a port waits for its one connection. Generous, for a host with far too many guests.
+const ACCEPT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Bytes that are moved at once.
 const BUFFER_BYTES: usize = 64 * 1024;

@@ -6,17 +6,23 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 
-/// The image every scenario runs.
+use crate::pty::Terminal;
+
+/// The image that scenarios run if they don't need more.
 const IMAGE: &str = "docker.io/library/busybox:latest";
 
 /// How long one `ctr` may take, in seconds. The testbed is some twenty times slower than metal.
-const CTR_DEADLINE_S: &str = "120";
+const CTR_DEADLINE_S: u32 = 120;
 
 /// `ctr` with one runtime and one container's name.
 pub(crate) struct Ctr {
     runtime: String,
     /// The container of this scenario.
     pub(crate) id: String,
+    /// What it is made from.
+    pub(crate) image: &'static str,
+    /// How long one command may take.
+    pub(crate) deadline_s: u32,
 }
 
 /// What a command left.
@@ -49,6 +55,8 @@ impl Ctr {
         Self {
             runtime: runtime.to_owned(),
             id: format!("s-{}", scenario.replace('_', "-")),
+            image: IMAGE,
+            deadline_s: CTR_DEADLINE_S,
         }
     }
 
@@ -79,68 +87,47 @@ impl Ctr {
     ) -> Result<Child> {
         let mut arguments = vec!["run", "--rm", "--runtime", &self.runtime];
         arguments.extend(flags);
-        arguments.extend([IMAGE, id]);
+        arguments.extend([self.image, id]);
         arguments.extend(command);
-        spawn(&arguments, input)
+        self.spawn_ctr(&arguments, input)
     }
 
-    /// `ctr run --detach`.
+    /// `ctr run --detach`, with nobody to hear what the container says.
     pub(crate) fn detach(&self, command: &[&str]) -> Result<()> {
-        let mut arguments = vec![
-            "run",
-            "--detach",
-            "--runtime",
-            &self.runtime,
-            IMAGE,
-            &self.id,
-        ];
+        let mut arguments = vec!["run", "--detach", "--null-io", "--runtime", &self.runtime];
+        arguments.extend([self.image, &self.id]);
         arguments.extend(command);
-        // A container that stays holds the output open: nothing of it is wanted.
-        let status = command_of(&arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .status()
-            .context("cannot run ctr")?;
-        ensure!(status.success(), "ctr run --detach ended with {status}");
+        self.ctr(&arguments)?.success()?;
         Ok(())
+    }
+
+    /// `ctr run -t`, in a terminal of that size.
+    pub(crate) fn terminal(&self, rows: u16, columns: u16, command: &[&str]) -> Result<Terminal> {
+        let deadline = self.deadline_s.to_string();
+        let mut program = vec![
+            "timeout",
+            "--foreground",
+            "--kill-after=5",
+            &deadline,
+            "ctr",
+        ];
+        program.extend(["run", "--rm", "-t", "--runtime", &self.runtime]);
+        program.extend([self.image, &self.id]);
+        program.extend(command);
+        Terminal::run(rows, columns, &program)
+    }
+
+    pub(crate) fn runtime(&self) -> &str {
+        &self.runtime
     }
 
     pub(crate) fn is_husk(&self) -> bool {
         self.runtime.contains("husk")
     }
 
-    /// `ctr run -t` in a terminal of 33 rows and 77 columns, which script(1) makes.
-    pub(crate) fn run_in_terminal(&self, command: &[&str]) -> Result<String> {
-        let quoted: Vec<_> = command
-            .iter()
-            .map(|word| format!("'{}'", word.replace('\'', "'\\''")))
-            .collect();
-        let line = format!(
-            "stty rows 33 cols 77; exec ctr run --rm -t --runtime {} {IMAGE} {} {}",
-            self.runtime,
-            self.id,
-            quoted.join(" ")
-        );
-        let child = Command::new("timeout")
-            .args([
-                "--kill-after=5",
-                CTR_DEADLINE_S,
-                "script",
-                "-qec",
-                &line,
-                "/dev/null",
-            ])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot run script(1)")?;
-        finish(child, None)?.success()
-    }
-
     /// `ctr task` and others, as they are typed.
     pub(crate) fn ctr(&self, arguments: &[&str]) -> Result<Ended> {
-        finish(spawn(arguments, false)?, None)
+        finish(self.spawn_ctr(arguments, false)?, None)
     }
 
     /// Removes whatever a failed scenario has left, as far as that goes.
@@ -153,27 +140,23 @@ impl Ctr {
             let _ = self.ctr(arguments);
         }
     }
-}
 
-fn command_of(arguments: &[&str]) -> Command {
-    let mut command = Command::new("timeout");
-    command
-        .args(["--kill-after=5", CTR_DEADLINE_S, "ctr"])
-        .args(arguments);
-    command
-}
-
-fn spawn(arguments: &[&str], input: bool) -> Result<Child> {
-    command_of(arguments)
-        .stdin(if input { Stdio::piped() } else { Stdio::null() })
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("cannot run ctr")
+    fn spawn_ctr(&self, arguments: &[&str], input: bool) -> Result<Child> {
+        Command::new("timeout")
+            .arg("--kill-after=5")
+            .arg(self.deadline_s.to_string())
+            .arg("ctr")
+            .args(arguments)
+            .stdin(if input { Stdio::piped() } else { Stdio::null() })
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot run ctr")
+    }
 }
 
 /// Feeds the input and collects the output.
-fn finish(mut child: Child, input: Option<&[u8]>) -> Result<Ended> {
+pub(crate) fn finish(mut child: Child, input: Option<&[u8]>) -> Result<Ended> {
     let stdin = child.stdin.take();
     let output: Output = thread::scope(|scope| {
         if let (Some(mut stdin), Some(input)) = (stdin, input) {

@@ -3,8 +3,11 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
+
+use crate::host::{self, Process};
 
 /// Programs whose processes belong to a container's life.
 const PROGRAMS: [&str; 5] = [
@@ -29,63 +32,90 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// Deepest directory that is looked into.
 const DEPTH_MAX: usize = 6;
 
+/// For what containerd clears up by itself after the user has his answer.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Something a runtime could leave behind. In the order in which it goes away.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Left {
+    Process { name: String, pid: i32 },
+    Mount(String),
+    File(String),
+    Cgroup(String),
+    Interface(String),
+}
+
 /// What could be left behind.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Machine {
-    found: BTreeSet<String>,
+    found: BTreeSet<Left>,
 }
 
 impl Machine {
     /// Looks at processes, mounts, cgroups, sockets, interfaces and files.
     pub(crate) fn look() -> Result<Self> {
         let mut found = BTreeSet::new();
-        for entry in fs::read_dir("/proc").context("cannot list /proc")? {
-            let name = entry?.file_name().to_string_lossy().into_owned();
-            // A process may end while it is looked at.
-            let Ok(command) = fs::read_to_string(format!("/proc/{name}/comm")) else {
-                continue;
-            };
-            // comm is cut to 15 characters.
-            let command = command.trim_end();
-            if PROGRAMS
-                .iter()
-                .any(|program| program.get(..15).unwrap_or(program) == command)
-            {
-                found.insert(format!("process {command} {name}"));
+        for process in Process::all()? {
+            if PROGRAMS.iter().any(|program| process.is(program)) {
+                let (name, pid) = (process.name, process.pid);
+                found.insert(Left::Process { name, pid });
             }
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read mounts")?;
         for point in mounts.lines().filter_map(|line| line.split(' ').nth(4)) {
             if point.starts_with("/run/") {
-                found.insert(format!("mount {point}"));
+                found.insert(Left::Mount(point.to_owned()));
             }
         }
         for directory in DIRECTORIES {
-            walk("file", Path::new(directory), DEPTH_MAX, &mut found);
+            walk_files(Path::new(directory), DEPTH_MAX, &mut found);
         }
         walk_cgroups(Path::new(CGROUPS), DEPTH_MAX, &mut found);
         if let Ok(interfaces) = fs::read_dir("/sys/class/net") {
             for interface in interfaces.flatten() {
-                found.insert(format!(
-                    "interface {}",
-                    interface.file_name().to_string_lossy()
-                ));
+                let name = interface.file_name().to_string_lossy().into_owned();
+                found.insert(Left::Interface(name));
             }
         }
         Ok(Self { found })
     }
 
-    /// Fails with what is there now and was not before.
+    /// Fails with what is there now, was not before, and does not go away by itself.
     pub(crate) fn unchanged(&self) -> Result<()> {
-        let now = Self::look()?;
-        let left: Vec<_> = now.found.difference(&self.found).collect();
-        ensure!(left.is_empty(), "left behind: {left:?}");
-        Ok(())
+        let deadline = Instant::now() + SETTLE_DEADLINE;
+        loop {
+            let now = Self::look()?;
+            let left: Vec<_> = now.found.difference(&self.found).collect();
+            let Some(first) = left.first() else {
+                return Ok(());
+            };
+            if !goes_away(first, deadline)? {
+                bail!("left behind: {left:?}");
+            }
+        }
+    }
+}
+
+/// Waits for what may take a moment after the user has his answer.
+fn goes_away(left: &Left, deadline: Instant) -> Result<bool> {
+    match left {
+        Left::Process { pid, .. } => {
+            let mut all = Process::all()?;
+            all.retain(|process| process.pid == *pid);
+            match all.first() {
+                Some(process) => process.ends_before(deadline),
+                None => Ok(true),
+            }
+        }
+        Left::File(path) => host::path_becomes(Path::new(path), false, deadline),
+        Left::Mount(_) => host::mounts_change(deadline),
+        // They go before the files do.
+        Left::Cgroup(_) | Left::Interface(_) => Ok(false),
     }
 }
 
 /// All below a directory. The directories of namespaces and the one of sockets are no one's.
-fn walk(kind: &str, directory: &Path, depth: usize, found: &mut BTreeSet<String>) {
+fn walk_files(directory: &Path, depth: usize, found: &mut BTreeSet<Left>) {
     let Ok(entries) = fs::read_dir(directory) else {
         return;
     };
@@ -93,18 +123,18 @@ fn walk(kind: &str, directory: &Path, depth: usize, found: &mut BTreeSet<String>
         let path = entry.path();
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
         if is_directory && depth > 0 {
-            walk(kind, &path, depth - 1, found);
+            walk_files(&path, depth - 1, found);
         }
         let shared = [Path::new("/run/husk"), Path::new("/run/containerd/runc")]
             .contains(&directory)
             && is_directory;
         if !shared {
-            found.insert(format!("{kind} {}", path.display()));
+            found.insert(Left::File(path.display().to_string()));
         }
     }
 }
 
-fn walk_cgroups(directory: &Path, depth: usize, found: &mut BTreeSet<String>) {
+fn walk_cgroups(directory: &Path, depth: usize, found: &mut BTreeSet<Left>) {
     let Ok(entries) = fs::read_dir(directory) else {
         return;
     };
@@ -114,7 +144,7 @@ fn walk_cgroups(directory: &Path, depth: usize, found: &mut BTreeSet<String>) {
             let path = entry.path();
             let parent = ["/sys/fs/cgroup/default", "/sys/fs/cgroup/husk"];
             if !parent.iter().any(|shared| Path::new(shared) == path) {
-                found.insert(format!("cgroup {}", path.display()));
+                found.insert(Left::Cgroup(path.display().to_string()));
             }
             if depth > 0 {
                 walk_cgroups(&path, depth - 1, found);

@@ -5,13 +5,16 @@
 //! and files of a runtime that are left fail the scenario.
 //!
 //! ```text
-//! husk-scenarios [--runtime NAME]... [--only WORD]
+//! husk-scenarios [--runtime NAME]... [--only WORD] [--skip WORD]...
 //! ```
 #![forbid(unsafe_code)]
 
 mod ctr;
+mod events;
+mod host;
 mod leftovers;
 mod list;
+mod pty;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
 fn run() -> Result<bool> {
     let mut runtimes = Vec::new();
     let mut only = String::new();
+    let mut skipped = Vec::new();
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let value = arguments
@@ -46,6 +50,7 @@ fn run() -> Result<bool> {
         match argument.as_str() {
             "--runtime" => runtimes.push(value),
             "--only" => only = value,
+            "--skip" => skipped.push(value),
             _ => bail!("unknown argument {argument:?}"),
         }
     }
@@ -54,14 +59,16 @@ fn run() -> Result<bool> {
     }
     let (mut passed, mut failed) = (0, 0);
     for runtime in &runtimes {
-        for (name, scenario) in list::SCENARIOS {
-            if !name.contains(&only) {
+        for scenario in list::ALL {
+            let name = scenario.name;
+            let is_asked_for = name.contains(&only) && !skipped.iter().any(|word| name == word);
+            if !is_asked_for || (scenario.is_husk_only && !runtime.contains("husk")) {
                 continue;
             }
             let began = Instant::now();
             let before = Machine::look()?;
-            let ctr = Ctr::new(runtime, name);
-            let result = scenario(&ctr).and_then(|()| before.unchanged());
+            let mut ctr = Ctr::new(runtime, name);
+            let result = (scenario.run)(&mut ctr).and_then(|()| before.unchanged());
             let took = began.elapsed().as_secs_f32();
             match result {
                 Ok(()) => {

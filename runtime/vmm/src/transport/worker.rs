@@ -82,8 +82,8 @@ pub(crate) struct Worker {
     stop: EventFd,
     /// `None` once the device has not stopped in time, or for good.
     assignments: Option<mpsc::Sender<Assignment>>,
-    /// A message each time the device has returned.
-    returns: mpsc::Receiver<()>,
+    /// A message each time the device has returned: whether it can be started again.
+    returns: mpsc::Receiver<bool>,
     is_running: bool,
 }
 
@@ -95,7 +95,7 @@ pub(crate) struct Seat {
     kicks: Vec<EventFd>,
     stop: EventFd,
     assignments: mpsc::Receiver<Assignment>,
-    returned: mpsc::Sender<()>,
+    returned: mpsc::Sender<bool>,
 }
 
 /// Both sides of a device's thread, which is yet to be started with [`Seat::serve`].
@@ -176,9 +176,13 @@ impl Worker {
         if self.is_running {
             // Can't fail: the counter is zero whenever the device runs.
             let _ = self.stop.write(1);
-            if let Err(mpsc::RecvTimeoutError::Timeout) = self.returns.recv_timeout(STOP_DEADLINE) {
-                eprintln!("{}: does not stop within {STOP_DEADLINE:?}", self.name);
-                self.assignments = None;
+            match self.returns.recv_timeout(STOP_DEADLINE) {
+                Ok(true) => {}
+                Ok(false) | Err(mpsc::RecvTimeoutError::Disconnected) => self.assignments = None,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    eprintln!("{}: does not stop within {STOP_DEADLINE:?}", self.name);
+                    self.assignments = None;
+                }
             }
             self.is_running = false;
         }
@@ -223,7 +227,7 @@ impl Seat {
                     false
                 }
             };
-            if self.returned.send(()).is_err() || !is_usable {
+            if self.returned.send(is_usable).is_err() || !is_usable {
                 return;
             }
         }

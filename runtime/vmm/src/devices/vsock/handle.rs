@@ -17,7 +17,7 @@ use rustix::time::{
 };
 
 /// How long a connection may take from the request to the guest's answer.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// Most requests that wait for the device's thread.
 pub const CONNECTS_WAITING_MAX: usize = 256;

@@ -1,31 +1,13 @@
-//! The scenarios.
+//! What a user tries first.
 
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
+use std::io::Read;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::ctr::Ctr;
-
-type Scenario = fn(&Ctr) -> Result<()>;
-
-/// All of them, in the order they run.
-pub(crate) const SCENARIOS: [(&str, Scenario); 11] = [
-    ("own_kernel", own_kernel),
-    ("exit_status", exit_status),
-    ("signal_status", signal_status),
-    ("missing_command", missing_command),
-    ("bad_user", bad_user),
-    ("streams_apart", streams_apart),
-    ("stdin_to_its_end", stdin_to_its_end),
-    ("much_output", much_output),
-    ("environment", environment),
-    ("terminal", terminal),
-    ("exec_kill_ps_rm", exec_kill_ps_rm),
-];
+use crate::ctr::{Ctr, finish};
 
 /// `uname -r` is the guest's kernel with Husk and the host's with runc.
-fn own_kernel(ctr: &Ctr) -> Result<()> {
+pub(super) fn own_kernel(ctr: &Ctr) -> Result<()> {
     let host = rustix::system::uname()
         .release()
         .to_string_lossy()
@@ -42,7 +24,7 @@ fn own_kernel(ctr: &Ctr) -> Result<()> {
     Ok(())
 }
 
-fn exit_status(ctr: &Ctr) -> Result<()> {
+pub(super) fn exit_status(ctr: &Ctr) -> Result<()> {
     let ended = ctr.run(&[], &["sh", "-c", "exit 7"])?;
     ensure!(
         ended.status == 7,
@@ -53,7 +35,7 @@ fn exit_status(ctr: &Ctr) -> Result<()> {
     Ok(())
 }
 
-fn signal_status(ctr: &Ctr) -> Result<()> {
+pub(super) fn signal_status(ctr: &Ctr) -> Result<()> {
     let ended = ctr.run(&[], &["sh", "-c", "sh -c 'kill -TERM $$'; exit $?"])?;
     ensure!(
         ended.status == 143,
@@ -64,7 +46,7 @@ fn signal_status(ctr: &Ctr) -> Result<()> {
     Ok(())
 }
 
-fn missing_command(ctr: &Ctr) -> Result<()> {
+pub(super) fn missing_command(ctr: &Ctr) -> Result<()> {
     let ended = ctr.run(&[], &["no-such-command"])?;
     ensure!(ended.status != 0, "a missing command succeeded");
     ensure!(
@@ -75,14 +57,14 @@ fn missing_command(ctr: &Ctr) -> Result<()> {
     Ok(())
 }
 
-fn bad_user(ctr: &Ctr) -> Result<()> {
+pub(super) fn bad_user(ctr: &Ctr) -> Result<()> {
     let ended = ctr.run(&["--user", "no-such-user"], &["true"])?;
     ensure!(ended.status != 0, "an unknown user succeeded");
     ensure!(ended.stderr.contains("user"), "not named: {}", ended.stderr);
     Ok(())
 }
 
-fn streams_apart(ctr: &Ctr) -> Result<()> {
+pub(super) fn streams_apart(ctr: &Ctr) -> Result<()> {
     let ended = ctr.run(&[], &["sh", "-c", "echo out; echo err >&2"])?;
     ensure!(
         ended.status == 0,
@@ -99,7 +81,7 @@ fn streams_apart(ctr: &Ctr) -> Result<()> {
     Ok(())
 }
 
-fn stdin_to_its_end(ctr: &Ctr) -> Result<()> {
+pub(super) fn stdin_to_its_end(ctr: &Ctr) -> Result<()> {
     let input: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_le_bytes).collect();
     let ended = ctr.run_with_input(&[], &["cat"], Some(&input))?;
     ensure!(
@@ -109,7 +91,7 @@ fn stdin_to_its_end(ctr: &Ctr) -> Result<()> {
         ended.stderr
     );
     ensure!(
-        digest(&ended.stdout) == digest(&input),
+        ended.stdout == input,
         "{} of {} bytes came back, or they differ",
         ended.stdout.len(),
         input.len()
@@ -118,26 +100,36 @@ fn stdin_to_its_end(ctr: &Ctr) -> Result<()> {
 }
 
 /// A process that ends at once after its output loses none of it.
-fn much_output(ctr: &Ctr) -> Result<()> {
-    const BYTES: usize = 8 * 1024 * 1024;
-    let script = format!("yes husk | head -c {BYTES}");
-    let ended = ctr.run(&[], &["sh", "-c", &script])?;
+pub(super) fn much_output(ctr: &Ctr) -> Result<()> {
+    const BYTES: usize = 100 * 1024 * 1024;
+    let script = format!("yes 'much output' | head -c {BYTES}");
+    let mut child = ctr.spawn(&ctr.id, &[], &["sh", "-c", &script], false)?;
+    let mut stdout = child.stdout.take().context("no output")?;
+    let wanted: Vec<u8> = b"much output\n".repeat(64 * 1024);
+    let (mut buffer, mut count) = (vec![0; wanted.len()], 0);
+    let mut is_same = true;
+    loop {
+        let read = stdout.read(&mut buffer)?;
+        let got = buffer.get(..read).unwrap_or_default();
+        if got.is_empty() {
+            break;
+        }
+        let at = count % b"much output\n".len();
+        // The last bytes of a full buffer lie beyond the pattern, which repeats.
+        let repeated = wanted.iter().cycle().skip(at);
+        is_same &= got.iter().zip(repeated).all(|(a, b)| a == b);
+        count += read;
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "ended with {status}");
     ensure!(
-        ended.status == 0,
-        "ended with {}: {}",
-        ended.status,
-        ended.stderr
-    );
-    let wanted: Vec<u8> = b"husk\n".iter().copied().cycle().take(BYTES).collect();
-    ensure!(
-        digest(&ended.stdout) == digest(&wanted),
-        "{} of {BYTES} bytes arrived, or they differ",
-        ended.stdout.len()
+        is_same && count == BYTES,
+        "{count} of {BYTES} bytes arrived, or they differ"
     );
     Ok(())
 }
 
-fn environment(ctr: &Ctr) -> Result<()> {
+pub(super) fn environment(ctr: &Ctr) -> Result<()> {
     let flags = ["--env", "WORD=husk", "--cwd", "/tmp", "--user", "1000:1001"];
     let script = "echo $WORD; pwd; id -u; id -g; cat /proc/1/comm; hostname >/dev/null";
     let said = ctr.run(&flags, &["sh", "-c", script])?.success()?;
@@ -145,21 +137,31 @@ fn environment(ctr: &Ctr) -> Result<()> {
     Ok(())
 }
 
-/// ctr insists on a terminal of its own, so `script` gives it one.
-fn terminal(ctr: &Ctr) -> Result<()> {
+/// A terminal has its user's size, follows it, and passes Ctrl-C on.
+pub(super) fn terminal(ctr: &Ctr) -> Result<()> {
     let typed = ctr
         .run(&[], &["sh", "-c", "test -t 0 && echo tty || echo none"])?
         .success()?;
     ensure!(typed == "none", "without -t: {typed:?}");
-    let said = ctr.run_in_terminal(&["sh", "-c", "test -t 0 && test -t 1 && stty size"])?;
-    ensure!(
-        said.contains("33 77"),
-        "with -t and a terminal of 33 by 77: {said:?}"
-    );
+
+    let script = "trap 'echo interrupted; exit 9' INT; trap 'stty size' WINCH
+        test -t 0 && test -t 1 && test -t 2 && stty size
+        read word; echo \"the word is $word\"
+        sleep 1000 & while :; do wait; done";
+    let mut terminal = ctr.terminal(33, 77, &["sh", "-c", script])?;
+    terminal.until("33 77")?;
+    terminal.type_in("husk\r")?;
+    terminal.until("the word is husk")?;
+    terminal.resize(44, 88)?;
+    terminal.until("44 88")?;
+    terminal.type_in("\x03")?;
+    terminal.until("interrupted")?;
+    let (status, seen) = terminal.end()?;
+    ensure!(status == 9, "ended with {status}: {seen:?}");
     Ok(())
 }
 
-fn exec_kill_ps_rm(ctr: &Ctr) -> Result<()> {
+pub(super) fn exec_kill_ps_rm(ctr: &Ctr) -> Result<()> {
     let id = ctr.id.as_str();
     ctr.detach(&["sleep", "1000"])?;
     let exec = [
@@ -210,8 +212,33 @@ fn exec_kill_ps_rm(ctr: &Ctr) -> Result<()> {
     Ok(())
 }
 
-fn digest(bytes: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    bytes.hash(&mut hasher);
-    hasher.finish()
+/// Ten containers that start at the same time all run, each with its own words.
+pub(super) fn ten_at_once(ctr: &Ctr) -> Result<()> {
+    let mut started = Vec::new();
+    for number in 0..10 {
+        let id = format!("{}-{number}", ctr.id);
+        let script = format!("echo this is {number}; exit {number}");
+        started.push((number, ctr.spawn(&id, &[], &["sh", "-c", &script], false)?));
+    }
+    let mut wrong = Vec::new();
+    for (number, child) in started {
+        let ended = finish(child, None)?;
+        if ended.status != number || ended.text() != format!("this is {number}") {
+            wrong.push((number, ended));
+        }
+    }
+    ensure!(wrong.is_empty(), "not as they should be: {wrong:?}");
+    Ok(())
+}
+
+pub(super) fn missing_image(ctr: &Ctr) -> Result<()> {
+    let image = "example.invalid/no-such-image:latest";
+    let ended = ctr.ctr(&["run", "--rm", "--runtime", ctr.runtime(), image, &ctr.id])?;
+    ensure!(ended.status != 0, "a missing image was run");
+    ensure!(
+        ended.stderr.contains("no-such-image"),
+        "not named: {}",
+        ended.stderr
+    );
+    Ok(())
 }

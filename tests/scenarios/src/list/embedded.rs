@@ -1,0 +1,84 @@
+//! `husk run`, with no containerd there.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::ctr::Ctr;
+use crate::host;
+
+const PLACE: &str = "/var/tmp/husk-embedded";
+
+/// The same commands as with containerd, on a directory.
+pub(super) fn without_containerd(_: &Ctr) -> Result<()> {
+    host::containerd()?.kill()?;
+    let result = make_root().and_then(|()| run_all());
+    fs::remove_dir_all(PLACE)?;
+    host::start_containerd()?;
+    result
+}
+
+/// The busybox root: the testbed's own busybox, and nothing else.
+fn make_root() -> Result<()> {
+    let root = Path::new(PLACE);
+    for directory in ["bin", "etc", "tmp", "root"] {
+        fs::create_dir_all(root.join(directory))?;
+    }
+    let busybox = root.join("bin/busybox");
+    fs::copy("/usr/bin/busybox", &busybox).context("cannot copy busybox")?;
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
+    let installed = Command::new(&busybox)
+        .args(["--install", "-s"])
+        .arg(root.join("bin"))
+        .status()?;
+    ensure!(
+        installed.success(),
+        "busybox --install ended with {installed}"
+    );
+    for link in fs::read_dir(root.join("bin"))? {
+        let path = link?.path();
+        if path.is_symlink() {
+            fs::remove_file(&path)?;
+            std::os::unix::fs::symlink("busybox", &path)?;
+        }
+    }
+    Ok(())
+}
+
+fn run_all() -> Result<()> {
+    let host = rustix::system::uname();
+    let uname = husk(&[], &["uname", "-r"])?;
+    let release = String::from_utf8_lossy(&uname.stdout).trim_end().to_owned();
+    ensure!(uname.status.success(), "uname ended badly: {uname:?}");
+    ensure!(
+        release.starts_with(char::is_numeric) && release != host.release().to_string_lossy(),
+        "it runs on kernel {release:?}"
+    );
+
+    let ended = husk(
+        &["--env", "WORD=husk"],
+        &["sh", "-c", "echo $WORD; echo oh >&2; exit 7"],
+    )?;
+    ensure!(ended.status.code() == Some(7), "not 7: {ended:?}");
+    ensure!(ended.stdout == b"husk\n", "its output: {ended:?}");
+    ensure!(ended.stderr == b"oh\n", "its other output: {ended:?}");
+
+    let missing = husk(&[], &["no-such-command"])?;
+    ensure!(missing.status.code() == Some(127), "not 127: {missing:?}");
+    let text = String::from_utf8_lossy(&missing.stderr).into_owned();
+    ensure!(text.contains("no-such-command"), "not named: {text}");
+    Ok(())
+}
+
+fn husk(flags: &[&str], command: &[&str]) -> Result<Output> {
+    Command::new("timeout")
+        .args(["--kill-after=5", "120", "husk", "run"])
+        .args(flags)
+        .args([PLACE, "--"])
+        .args(command)
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run husk")
+}

@@ -1,0 +1,162 @@
+//! Something is killed, or missing; what it leaves must go away.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::ctr::{Ctr, Ended, finish};
+use crate::events::Events;
+use crate::host::{self, DEADLINE};
+
+/// What is killed.
+#[derive(Debug, Clone, Copy)]
+enum Victim {
+    Shim,
+    Vmm,
+    Containerd,
+}
+
+impl Victim {
+    fn kill(self, id: &str) -> Result<()> {
+        let processes = match self {
+            Self::Shim => host::shims(id)?,
+            Self::Vmm => host::vmms()?,
+            Self::Containerd => vec![host::containerd()?],
+        };
+        processes.iter().try_for_each(host::Process::kill)
+    }
+}
+
+/// Files of Husk that appear one after the other as a container starts.
+const MOMENTS: [&str; 5] = [
+    // The shim has begun to make the pod.
+    "",
+    // The VMM is about to be spawned.
+    "vmm.log",
+    // The VMM is jailed and its machine built or about to be.
+    "vmm.pid",
+    // The guest is up, and the container's root is about to be mounted.
+    "layout/{id}",
+    // It is being mounted, and given to the guest.
+    "staging/{id}/rootfs",
+];
+
+pub(super) fn shim_killed_while_running(ctr: &Ctr) -> Result<()> {
+    let events = Events::listen()?;
+    ctr.detach(&["sleep", "1000"])?;
+    Victim::Shim.kill(&ctr.id)?;
+    events.until(&["/tasks/exit", &ctr.id])?;
+    events.until(&["/tasks/delete", &ctr.id])?;
+    ctr.ctr(&["container", "rm", &ctr.id])?.success()?;
+    Ok(())
+}
+
+pub(super) fn vmm_killed_while_running(ctr: &Ctr) -> Result<()> {
+    let events = Events::listen()?;
+    ctr.detach(&["sleep", "1000"])?;
+    Victim::Vmm.kill(&ctr.id)?;
+    let exit = events.until(&["/tasks/exit", &ctr.id])?;
+    ensure!(exit.contains("137"), "the exit event says {exit}");
+    let removed = ctr.ctr(&["task", "rm", &ctr.id])?;
+    ensure!(
+        removed.status == 137,
+        "task rm gave {}: {}",
+        removed.status,
+        removed.stderr
+    );
+    ctr.ctr(&["container", "rm", &ctr.id])?.success()?;
+    Ok(())
+}
+
+/// A container lives on while containerd is away, and is the same one afterwards.
+pub(super) fn containerd_killed_while_running(ctr: &Ctr) -> Result<()> {
+    ctr.detach(&["sh", "-c", "echo still here > /here; exec sleep 1000"])?;
+    Victim::Containerd.kill(&ctr.id)?;
+    host::start_containerd()?;
+    let listed = ctr.ctr(&["task", "ls"])?.success()?;
+    let line = listed.lines().find(|line| line.starts_with(&ctr.id));
+    let line = line.context("task ls lacks it")?;
+    ensure!(line.ends_with("RUNNING"), "task ls says {line:?}");
+    let exec = ["task", "exec", "--exec-id", "e1", &ctr.id, "cat", "/here"];
+    let said = ctr.ctr(&exec)?.success()?;
+    ensure!(said == "still here", "it says {said:?}");
+    let events = Events::listen()?;
+    ctr.ctr(&["task", "kill", "--signal", "SIGKILL", &ctr.id])?
+        .success()?;
+    events.until(&["/tasks/exit", &ctr.id])?;
+    let removed = ctr.ctr(&["task", "rm", &ctr.id])?;
+    ensure!(removed.status == 137, "task rm gave {}", removed.status);
+    ctr.ctr(&["container", "rm", &ctr.id])?.success()?;
+    Ok(())
+}
+
+pub(super) fn shim_killed_while_starting(ctr: &Ctr) -> Result<()> {
+    kill_at_each_moment(ctr, Victim::Shim)
+}
+
+pub(super) fn vmm_killed_while_starting(ctr: &Ctr) -> Result<()> {
+    kill_at_each_moment(ctr, Victim::Vmm)
+}
+
+pub(super) fn containerd_killed_while_starting(ctr: &Ctr) -> Result<()> {
+    kill_at_each_moment(ctr, Victim::Containerd)
+}
+
+fn kill_at_each_moment(ctr: &Ctr, victim: Victim) -> Result<()> {
+    let before = crate::leftovers::Machine::look()?;
+    for moment in MOMENTS {
+        let moment = moment.replace("{id}", &ctr.id);
+        kill_at(ctr, victim, &moment)
+            .and_then(|()| {
+                ctr.bury();
+                before.unchanged()
+            })
+            .with_context(|| format!("{victim:?} killed at {moment:?}"))?;
+    }
+    Ok(())
+}
+
+fn kill_at(ctr: &Ctr, victim: Victim, moment: &str) -> Result<()> {
+    let pod = PathBuf::from("/run/husk/default").join(&ctr.id);
+    let child = ctr.spawn(&ctr.id, &[], &["sleep", "1000"], false)?;
+    let reached = host::path_becomes(&pod.join(moment), true, Instant::now() + DEADLINE)?;
+    let killed = victim.kill(&ctr.id);
+    if let Victim::Containerd = victim {
+        // ctr would wait for it.
+        host::start_containerd()?;
+    }
+    ensure!(reached, "the moment did not come");
+    killed?;
+    let ended = end_of(ctr, child, victim)?;
+    ensure!(ended.status != 0, "ctr run succeeded");
+    Ok(())
+}
+
+/// ctr has to end by itself when shim or VMM die. If containerd has come back before the container
+/// ran, nobody will ever tell ctr.
+fn end_of(ctr: &Ctr, mut child: Child, victim: Victim) -> Result<Ended> {
+    if let Victim::Containerd = victim {
+        let _ = child.kill();
+        let _ = ctr.ctr(&["task", "kill", "--signal", "SIGKILL", &ctr.id])?;
+    }
+    finish(child, None)
+}
+
+/// A file of Husk's own that is missing is named, and the container's start fails at once.
+pub(super) fn missing_guest_image(ctr: &Ctr) -> Result<()> {
+    for name in ["vmlinux", "initrd.img"] {
+        let path = PathBuf::from("/usr/local/share/husk").join(name);
+        let hidden = path.with_extension("hidden");
+        fs::rename(&path, &hidden).context("cannot hide the image")?;
+        let ended = ctr.run(&[], &["true"]);
+        fs::rename(&hidden, &path).context("cannot put the image back")?;
+        let ended = ended?;
+        ensure!(ended.status != 0, "it started without {name}");
+        ensure!(ended.stderr.contains(name), "not named: {}", ended.stderr);
+        ctr.bury();
+    }
+    Ok(())
+}
