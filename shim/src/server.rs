@@ -123,7 +123,15 @@ impl PodMaker for Maker {
         let sandbox = Sandbox::start(config)
             .await
             .map_err(|error| PodError::new(Code::INTERNAL, chain(&error)))?;
-        tracing::info!(timings = ?sandbox.timings(), guest = ?sandbox.guest(), "pod started");
+        let took = sandbox.timings();
+        tracing::info!(
+            pod = self.id,
+            kernel = sandbox.guest().kernel_release,
+            prepare_ms = took.prepare.as_millis(),
+            vmm_ms = took.vmm.as_millis(),
+            guest_ms = took.guest.as_millis(),
+            "pod started"
+        );
         Ok(SandboxPod { sandbox })
     }
 }

@@ -284,14 +284,10 @@ pub(crate) mod init {
     pub(crate) const POSIX_ACL: u64 = 1 << 20;
     pub(crate) const MAX_PAGES: u64 = 1 << 22;
     pub(crate) const CACHE_SYMLINKS: u64 = 1 << 23;
-    pub(crate) const SUBMOUNTS: u64 = 1 << 27;
     pub(crate) const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub(crate) const SETXATTR_EXT: u64 = 1 << 29;
     pub(crate) const INIT_EXT: u64 = 1 << 30;
 }
-
-/// `fuse_attr.flags`: the directory is where another mount begins.
-pub(crate) const ATTR_SUBMOUNT: u32 = 1 << 0;
 
 /// `getattr_flags`: the request names an open handle.
 pub(crate) const GETATTR_FH: u32 = 1 << 0;

@@ -18,6 +18,10 @@ use crate::sys::file_handle::FileHandle;
 /// What every `statx` here asks for.
 pub(crate) const STATX_MASK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::MNT_ID);
 
+/// Between the inode numbers of one mount and those of another. Far from every power of two, since
+/// file systems that number files in parts, such as overlayfs, use the upper bits.
+const INO_STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// One file that the guest knows.
 #[derive(Debug)]
 pub(crate) struct Inode {
@@ -37,6 +41,13 @@ pub(crate) struct Inode {
 pub(crate) struct Mount {
     pub(crate) id: u64,
     pub(crate) policy: CachePolicy,
+    /// Added to the inode numbers of its files.
+    ///
+    /// The guest sees one file system, where the host may have several: equal numbers on two of
+    /// them must not look like one file. Linux has submounts for that (FUSE_SUBMOUNTS), but checks
+    /// no POSIX ACLs on them, since their superblocks lack SB_POSIXACL: whom an ACL shuts out
+    /// would be let in.
+    ino_offset: u64,
     place: Place,
     /// An open file on it, by which handles are opened, if it has handles.
     anchor: OnceLock<Option<OwnedFd>>,
@@ -98,6 +109,13 @@ impl AsFd for PathFd<'_> {
     }
 }
 
+impl Mount {
+    /// The number by which the guest knows the file with this inode number.
+    pub(crate) fn guest_ino(&self, ino: u64) -> u64 {
+        ino.wrapping_add(self.ino_offset)
+    }
+}
+
 impl Inode {
     /// An `O_PATH` descriptor of the file. `ESTALE` if it is gone.
     pub(crate) fn path(&self) -> Result<PathFd<'_>, Errno> {
@@ -135,6 +153,7 @@ impl Inodes {
         let mount = Arc::new(Mount {
             id: stat.stx_mnt_id,
             policy: options.root,
+            ino_offset: 0,
             place: Place::Root,
             anchor: OnceLock::new(),
         });
@@ -334,9 +353,16 @@ impl Inodes {
             Place::Private => options.private,
             Place::Shared => options.shared,
         };
+        // A container's root keeps its numbers: it is alone with its volumes, and programs that can
+        // only take 32 bits may be in it.
+        let is_root_of_container = parent.mount.place == Place::Root && place == Place::Private;
         let mount = Arc::new(Mount {
             id,
             policy,
+            ino_offset: match is_root_of_container {
+                true => 0,
+                false => id.wrapping_sub(self.root.mount.id).wrapping_mul(INO_STRIDE),
+            },
             place,
             anchor: OnceLock::new(),
         });

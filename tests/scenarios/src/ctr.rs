@@ -130,6 +130,19 @@ impl Ctr {
         finish(self.spawn_ctr(arguments, false)?, None)
     }
 
+    /// `ctr task rm` of a task that has ended with that status, which ctr 1.x tells in a warning
+    /// and ctr 2.x as its own status.
+    pub(crate) fn remove_task(&self, status: i32) -> Result<()> {
+        let removed = self.ctr(&["task", "rm", &self.id])?;
+        ensure!(
+            removed.status == status || removed.stderr.contains(&format!("code {status}")),
+            "task rm gave {}: {}",
+            removed.status,
+            removed.stderr
+        );
+        Ok(())
+    }
+
     /// Removes whatever a failed scenario has left, as far as that goes.
     pub(crate) fn bury(&self) {
         for arguments in [

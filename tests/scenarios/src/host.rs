@@ -161,7 +161,8 @@ fn wait(fd: &impl std::os::fd::AsFd, events: PollFlags, deadline: Instant) -> Re
 /// The running containerd.
 pub(crate) fn containerd() -> Result<Process> {
     let mut all = Process::all()?;
-    all.retain(|process| process.is("containerd"));
+    // One that was killed stays a zombie, without arguments, until its parent asks.
+    all.retain(|process| process.is("containerd") && process.has_argument("containerd"));
     match <[Process; 1]>::try_from(all) {
         Ok([containerd]) => Ok(containerd),
         Err(all) => bail!("{} processes are containerd, not one", all.len()),

@@ -47,7 +47,7 @@ impl Server {
         call.reply_with(&StatxOut {
             attr_valid,
             attr_valid_nsec,
-            stat: statx_reply(&stat),
+            stat: statx_reply(&inode, &stat),
             ..StatxOut::default()
         })
     }
@@ -170,7 +170,7 @@ fn reply_attributes(call: &mut Call<'_, '_>, inode: &Inode, stat: &Statx) -> Res
         attr_valid,
         attr_valid_nsec,
         dummy: 0,
-        attr: attributes(stat),
+        attr: attributes(inode, stat),
     })
 }
 
@@ -180,9 +180,9 @@ pub(super) fn seconds(duration: Duration) -> (u64, u32) {
 }
 
 /// Attributes as most replies have them.
-pub(super) fn attributes(stat: &Statx) -> Attr {
+pub(super) fn attributes(inode: &Inode, stat: &Statx) -> Attr {
     Attr {
-        ino: stat.stx_ino,
+        ino: inode.mount.guest_ino(stat.stx_ino),
         size: stat.stx_size,
         blocks: stat.stx_blocks,
         atime: stat.stx_atime.tv_sec.cast_unsigned(),
@@ -206,7 +206,7 @@ fn encode_device(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
-fn statx_reply(stat: &Statx) -> abi::Statx {
+fn statx_reply(inode: &Inode, stat: &Statx) -> abi::Statx {
     let time = |time: fs::StatxTimestamp| SxTime {
         sec: time.tv_sec,
         nsec: time.tv_nsec,
@@ -221,7 +221,7 @@ fn statx_reply(stat: &Statx) -> abi::Statx {
         gid: stat.stx_gid,
         mode: stat.stx_mode,
         spare0: 0,
-        ino: stat.stx_ino,
+        ino: inode.mount.guest_ino(stat.stx_ino),
         size: stat.stx_size,
         blocks: stat.stx_blocks,
         attributes_mask: stat.stx_attributes_mask.bits(),

@@ -78,7 +78,7 @@ impl Server {
                 ino: match name.to_bytes() {
                     // What is above the share is none of the guest's business.
                     b".." if inode.id == abi::ROOT_ID => abi::ROOT_ID,
-                    _ => entry.ino(),
+                    _ => inode.mount.guest_ino(entry.ino()),
                 },
                 off: entry.next_entry_cookie(),
                 namelen: u32::try_from(name.count_bytes()).map_err(|_| Errno::NAMETOOLONG)?,

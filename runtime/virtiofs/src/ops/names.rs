@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use std::os::fd::AsFd;
 
 use super::attributes::{attributes, seconds};
-use crate::abi::{self, EntryOut, LinkIn, Rename2In, RenameIn, init};
+use crate::abi::{EntryOut, LinkIn, Rename2In, RenameIn};
 use crate::inodes::{self, Inode};
 use crate::server::{Call, Server};
 
@@ -141,11 +141,6 @@ impl Server {
 
     /// What a reply says of a file found in `parent`.
     pub(super) fn entry(&self, parent: &Inode, inode: &Inode, stat: &Statx) -> EntryOut {
-        let mut attr = attributes(stat);
-        let is_mount_point = inode.mount.id != parent.mount.id;
-        if is_mount_point && inode.kind == FileType::Directory && self.has(init::SUBMOUNTS) {
-            attr.flags |= abi::ATTR_SUBMOUNT;
-        }
         // The name is in the parent's mount: what is mounted on it may change.
         let (entry_valid, entry_valid_nsec) = seconds(parent.mount.policy.entry);
         let (attr_valid, attr_valid_nsec) = seconds(inode.mount.policy.attributes);
@@ -156,7 +151,7 @@ impl Server {
             attr_valid,
             entry_valid_nsec,
             attr_valid_nsec,
-            attr,
+            attr: attributes(inode, stat),
         }
     }
 }

@@ -27,6 +27,7 @@ const _: () = assert!(PAGES_MAX as u32 * 4096 == TRANSFER_BYTES_MAX);
 /// * EXPLICIT_INVAL_DATA: AUTO_INVAL_DATA sees that others changed a file.
 /// * CREATE_SUPP_GROUP: the guest kernel clears set-group-id itself where the caller isn't in the
 ///   group (`vfs_prepare_mode`), so the caller's groups change nothing here.
+/// * SUBMOUNTS: the guest would check no ACLs on them; see `Mount::ino_offset`.
 /// * SECURITY_CTX: the host's labels are the host's business.
 const WANTED: u64 = init::ASYNC_READ
     | init::ATOMIC_O_TRUNC
@@ -41,7 +42,6 @@ const WANTED: u64 = init::ASYNC_READ
     | init::POSIX_ACL
     | init::MAX_PAGES
     | init::CACHE_SYMLINKS
-    | init::SUBMOUNTS
     | init::HANDLE_KILLPRIV_V2
     | init::SETXATTR_EXT
     | init::INIT_EXT;

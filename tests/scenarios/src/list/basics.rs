@@ -201,13 +201,7 @@ pub(super) fn exec_kill_ps_rm(ctr: &Ctr) -> Result<()> {
 
     ctr.ctr(&["task", "kill", "--signal", "SIGKILL", id])?
         .success()?;
-    let removed = ctr.ctr(&["task", "rm", id])?;
-    ensure!(
-        removed.status == 137,
-        "task rm gave {}: {}",
-        removed.status,
-        removed.stderr
-    );
+    ctr.remove_task(137)?;
     ctr.ctr(&["container", "rm", id])?.success()?;
     Ok(())
 }
