@@ -18,13 +18,9 @@ const PROGRAMS: [&str; 5] = [
     "runc",
 ];
 
-/// Where runtimes keep files, and containerd its sockets of shims.
-const DIRECTORIES: [&str; 4] = [
-    "/run/husk",
-    "/run/containerd/s",
-    "/run/containerd/runc",
-    "/run/containerd/fifo",
-];
+/// Where runtimes keep files. Not /run/containerd/s, where runc's shim leaves its socket when it is
+/// killed; Husk's are in its own directory.
+const DIRECTORIES: [&str; 3] = ["/run/husk", "/run/containerd/runc", "/run/containerd/fifo"];
 
 /// cgroup v2, where both runtimes make their own.
 const CGROUPS: &str = "/sys/fs/cgroup";

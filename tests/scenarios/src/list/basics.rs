@@ -144,14 +144,16 @@ pub(super) fn terminal(ctr: &Ctr) -> Result<()> {
         .success()?;
     ensure!(typed == "none", "without -t: {typed:?}");
 
-    let script = "trap 'echo interrupted; exit 9' INT; trap 'stty size' WINCH
-        test -t 0 && test -t 1 && test -t 2 && stty size
-        read word; echo \"the word is $word\"
+    // Signals other than those of the traps don't interrupt what the shell waits for.
+    let script = "test -t 0 && test -t 1 && test -t 2 && read word && echo \"the word is $word\"
+        stty size
+        trap 'echo interrupted; exit 9' INT; trap 'stty size' WINCH; echo ready
         sleep 1000 & while :; do wait; done";
     let mut terminal = ctr.terminal(33, 77, &["sh", "-c", script])?;
-    terminal.until("33 77")?;
     terminal.type_in("husk\r")?;
     terminal.until("the word is husk")?;
+    terminal.until("33 77")?;
+    terminal.until("ready")?;
     terminal.resize(44, 88)?;
     terminal.until("44 88")?;
     terminal.type_in("\x03")?;

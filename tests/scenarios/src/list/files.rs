@@ -113,7 +113,7 @@ for number in range(20000):
         os.utime(path, ns=(number * 10**9 + 5, number * 10**9 + 7))
 END
         attributes() { cd "$1" && find . -printf '%P %y %m %U %G %n %s %T@ %l\n' | sort | grep -v '^ '; }
-        tar -C /tree -cf /tree.tar --numeric-owner .
+        tar -C /tree -cf /tree.tar --format=posix --numeric-owner .
         tar -C /copy -xpf /tree.tar --numeric-owner
         attributes /tree > /a && attributes /copy > /b
         cmp /a /b && wc -l < /a
