@@ -1,0 +1,317 @@
+//! What is asked of containers and processes that are there, up to their deletion.
+
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use husk_protocol::messages;
+use oci_spec::runtime::LinuxResources;
+
+use crate::agent::context;
+use crate::sandbox::in_background;
+use crate::state::is_name;
+use crate::{ContainerError, ErrorKind, Exit, ListedProcess, Sandbox};
+
+use super::files::ContainerFiles;
+use super::{INIT, to_json};
+
+impl Sandbox {
+    /// Starts a process. Answers with its pid in the guest.
+    ///
+    /// # Errors
+    /// [`ContainerError`]; a missing program is `Agent` with kind `NotFound` or `InvalidArgument`.
+    pub async fn start_process(
+        &self,
+        container: &str,
+        exec_id: &str,
+    ) -> Result<u32, ContainerError> {
+        self.containers().check(container, exec_id)?;
+        let mut request = messages::StartProcessRequest::new();
+        container.clone_into(&mut request.container_id);
+        exec_id.clone_into(&mut request.exec_id);
+        let response = self
+            .call("start process", |client| async move {
+                client.start_process(context(), &request).await
+            })
+            .await?;
+        Ok(response.pid)
+    }
+
+    /// Waits for the end of a process, for as long as it takes. If the virtual machine goes, all
+    /// its processes have ended with 137.
+    ///
+    /// # Errors
+    /// [`ContainerError`], never `VmGone`.
+    pub async fn wait_process(
+        &self,
+        container: &str,
+        exec_id: &str,
+    ) -> Result<Exit, ContainerError> {
+        self.containers().check(container, exec_id)?;
+        let request = wait_request(container, exec_id);
+        let waited = self
+            .agent
+            .call(&self.vmm, "wait process", None, |client| async move {
+                client.wait_process(context(), &request).await
+            })
+            .await;
+        match waited {
+            Ok(response) => Ok(Exit {
+                status: response.exit_status.min(EXIT_STATUS_MAX),
+                at: UNIX_EPOCH + Duration::from_nanos(response.exited_at_ns),
+            }),
+            Err(ContainerError::VmGone(_)) => Ok(Exit {
+                status: EXIT_STATUS_KILLED,
+                at: SystemTime::now(),
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sends a signal to a process, or to all of its container.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn signal(
+        &self,
+        container: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), ContainerError> {
+        self.containers().check(container, exec_id)?;
+        self.signal_unchecked(container, exec_id, signal, all).await
+    }
+
+    pub(super) async fn signal_unchecked(
+        &self,
+        container: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), ContainerError> {
+        let mut request = messages::SignalProcessRequest::new();
+        container.clone_into(&mut request.container_id);
+        exec_id.clone_into(&mut request.exec_id);
+        request.signal = signal;
+        request.all = all;
+        self.call("signal process", |client| async move {
+            client.signal_process(context(), &request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Sets the size of a process's terminal, in characters.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn resize(
+        &self,
+        container: &str,
+        exec_id: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), ContainerError> {
+        self.containers().check(container, exec_id)?;
+        let mut request = messages::ResizeTerminalRequest::new();
+        container.clone_into(&mut request.container_id);
+        exec_id.clone_into(&mut request.exec_id);
+        request.width = width;
+        request.height = height;
+        self.call("resize terminal", |client| async move {
+            client.resize_terminal(context(), &request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// The processes of a container.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn list_processes(
+        &self,
+        container: &str,
+    ) -> Result<Vec<ListedProcess>, ContainerError> {
+        self.containers().check(container, INIT)?;
+        let mut request = messages::ListProcessesRequest::new();
+        container.clone_into(&mut request.container_id);
+        let response = self
+            .call("list processes", |client| async move {
+                client.list_processes(context(), &request).await
+            })
+            .await?;
+        let listed = response.processes.into_iter().map(|process| ListedProcess {
+            pid: process.pid,
+            // A name of another form is none that was given here.
+            exec_id: (process.known && (process.exec_id.is_empty() || is_name(&process.exec_id)))
+                .then_some(process.exec_id),
+        });
+        Ok(listed.collect())
+    }
+
+    /// Freezes a container.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn pause(&self, container: &str) -> Result<(), ContainerError> {
+        self.containers().check(container, INIT)?;
+        let mut request = messages::PauseContainerRequest::new();
+        container.clone_into(&mut request.container_id);
+        self.call("pause container", |client| async move {
+            client.pause_container(context(), &request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Thaws a container.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn resume(&self, container: &str) -> Result<(), ContainerError> {
+        self.containers().check(container, INIT)?;
+        let mut request = messages::ResumeContainerRequest::new();
+        container.clone_into(&mut request.container_id);
+        self.call("resume container", |client| async move {
+            client.resume_container(context(), &request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Changes a container's limits.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn update(
+        &self,
+        container: &str,
+        resources: &LinuxResources,
+    ) -> Result<(), ContainerError> {
+        self.containers().check(container, INIT)?;
+        let mut request = messages::UpdateContainerRequest::new();
+        container.clone_into(&mut request.container_id);
+        request.resources_json = to_json(resources)?;
+        self.call("update container", |client| async move {
+            client.update_container(context(), &request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// The files of the container's cgroup that hold figures, by name.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn stats(&self, container: &str) -> Result<HashMap<String, String>, ContainerError> {
+        self.containers().check(container, INIT)?;
+        let mut request = messages::ContainerStatsRequest::new();
+        container.clone_into(&mut request.container_id);
+        let response = self
+            .call("container stats", |client| async move {
+                client.container_stats(context(), &request).await
+            })
+            .await?;
+        Ok(response.files)
+    }
+
+    /// Waits until the container's count of OOM kills is higher than `seen`, and answers with it.
+    /// No deadline: ends with the container or the virtual machine.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn wait_oom(&self, container: &str, seen: u64) -> Result<u64, ContainerError> {
+        self.containers().check(container, INIT)?;
+        let mut request = messages::WaitOomRequest::new();
+        container.clone_into(&mut request.container_id);
+        request.seen = seen;
+        let response = self
+            .agent
+            .call(&self.vmm, "wait for OOM", None, |client| async move {
+                client.wait_oom(context(), &request).await
+            })
+            .await?;
+        Ok(response.oom_kills)
+    }
+
+    /// Forgets a process that has ended. Works with the virtual machine gone.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn delete_process(
+        &self,
+        container: &str,
+        exec_id: &str,
+    ) -> Result<(), ContainerError> {
+        if exec_id == INIT {
+            let text = "init is deleted with its container".to_owned();
+            return Err(ContainerError::Invalid { text });
+        }
+        self.containers().check(container, exec_id)?;
+        unless_gone(self.delete_process_in_guest(container, exec_id).await)?;
+        self.containers().remove_process(container, exec_id);
+        Ok(())
+    }
+
+    pub(super) async fn delete_process_in_guest(
+        &self,
+        container: &str,
+        exec_id: &str,
+    ) -> Result<(), ContainerError> {
+        let mut request = messages::DeleteProcessRequest::new();
+        container.clone_into(&mut request.container_id);
+        exec_id.clone_into(&mut request.exec_id);
+        self.call("delete process", |client| async move {
+            client.delete_process(context(), &request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Removes a container whose processes have ended: in the guest, and its mounts and directories
+    /// on the host. Works with the virtual machine gone.
+    ///
+    /// # Errors
+    /// [`ContainerError`]
+    pub async fn delete_container(&self, container: &str) -> Result<(), ContainerError> {
+        self.containers().check(container, INIT)?;
+        unless_gone(self.delete_in_guest(container).await)?;
+        let files = ContainerFiles::new(&self.state, container);
+        in_background(move || files.unmount()).await?;
+        self.containers().remove(container);
+        Ok(())
+    }
+
+    pub(super) async fn delete_in_guest(&self, container: &str) -> Result<(), ContainerError> {
+        let mut request = messages::DeleteContainerRequest::new();
+        container.clone_into(&mut request.container_id);
+        self.call("delete container", |client| async move {
+            client.delete_container(context(), &request).await
+        })
+        .await?;
+        Ok(())
+    }
+}
+
+/// What a virtual machine takes with it as it goes need not be deleted in it. Neither need what a
+/// repeated call has deleted already.
+fn unless_gone(deleted: Result<(), ContainerError>) -> Result<(), ContainerError> {
+    match deleted {
+        Err(ContainerError::VmGone(_)) => Ok(()),
+        Err(error @ ContainerError::Agent { .. }) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+pub(super) fn wait_request(container: &str, exec_id: &str) -> messages::WaitProcessRequest {
+    let mut request = messages::WaitProcessRequest::new();
+    container.clone_into(&mut request.container_id);
+    exec_id.clone_into(&mut request.exec_id);
+    request
+}
+
+/// 128 + SIGKILL: what a process has ended with whose machine is gone.
+const EXIT_STATUS_KILLED: u32 = 137;
+
+const EXIT_STATUS_MAX: u32 = 255;

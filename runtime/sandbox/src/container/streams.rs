@@ -1,0 +1,184 @@
+//! The streams of a process: given to the VMM, drained, closed.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use husk_protocol::messages::Stdio;
+use tokio::time::{Instant, timeout_at};
+
+use crate::control::StreamEnd;
+use crate::{ContainerError, Sandbox};
+
+/// The host's ends of a process's streams. They are handed to the VMM, which reads and writes them
+/// itself, and closed here. An absent one is `/dev/null` in the guest.
+#[derive(Debug, Default)]
+pub struct ProcessIo {
+    /// Read until its end, which becomes the end of the process's standard input.
+    pub stdin: Option<OwnedFd>,
+    /// A writer of the FIFO that `stdin` reads, so that it doesn't end as the last client detaches.
+    /// Kept open until [`Sandbox::close_stdin`] or the process's end.
+    pub stdin_keeper: Option<OwnedFd>,
+    /// Standard output; a terminal's output.
+    pub stdout: Option<OwnedFd>,
+    /// Standard error; must be absent with a terminal.
+    pub stderr: Option<OwnedFd>,
+    /// The process has a terminal. Must agree with the spec's `process.terminal`.
+    pub terminal: bool,
+}
+
+/// How the process's output ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drained {
+    /// Every byte it wrote has been written to the sinks.
+    All,
+    /// The deadline passed first: something holds the output open, or nobody reads it.
+    NotInTime,
+}
+
+impl Sandbox {
+    /// Drops [`ProcessIo::stdin_keeper`]: the process's standard input ends once no client has the
+    /// FIFO open for writing. Does nothing the second time.
+    ///
+    /// # Errors
+    /// [`ContainerError::NotFound`]
+    pub fn close_stdin(&self, container: &str, exec_id: &str) -> Result<(), ContainerError> {
+        let keeper = self
+            .containers()
+            .process(container, exec_id)?
+            .stdin_keeper
+            .take();
+        drop(keeper);
+        Ok(())
+    }
+
+    /// Waits until every byte that the process has written to its standard output and error is
+    /// written to the sinks, but no longer than `deadline`. With the virtual machine gone there is
+    /// nothing more to come.
+    ///
+    /// # Errors
+    /// [`ContainerError::NotFound`]
+    pub async fn output_drained(
+        &self,
+        container: &str,
+        exec_id: &str,
+        deadline: Duration,
+    ) -> Result<Drained, ContainerError> {
+        let outputs = self
+            .containers()
+            .process(container, exec_id)?
+            .outputs
+            .clone();
+        let deadline = Instant::now() + deadline;
+        for mut output in outputs {
+            // Never changes; the error says that the stream is closed.
+            if timeout_at(deadline, output.changed()).await.is_err() {
+                return Ok(Drained::NotInTime);
+            }
+        }
+        Ok(Drained::All)
+    }
+
+    /// Ports for the streams that are there.
+    pub(super) fn allot_ports(&self, io: &ProcessIo) -> Stdio {
+        let mut ports = Stdio::new();
+        let next = || self.ports.fetch_add(1, Ordering::Relaxed);
+        if io.stdin.is_some() || (io.terminal && io.stdout.is_some()) {
+            ports.stdin = next();
+        }
+        if !io.terminal && io.stdout.is_some() {
+            ports.stdout = next();
+        }
+        if !io.terminal && io.stderr.is_some() {
+            ports.stderr = next();
+        }
+        ports
+    }
+
+    /// Gives the streams to the VMM, which connects them to the ports on which the agent listens.
+    pub(super) async fn connect_streams(
+        &self,
+        container: &str,
+        exec_id: &str,
+        ports: &Stdio,
+        io: ProcessIo,
+    ) -> Result<(), ContainerError> {
+        let mut outputs = Vec::new();
+        if io.terminal {
+            if ports.stdin != 0 {
+                let both = (io.stdin.as_ref(), io.stdout.as_ref());
+                outputs.push(self.connect(ports.stdin, both.0, both.1).await?);
+            }
+        } else {
+            if ports.stdin != 0 {
+                self.connect(ports.stdin, io.stdin.as_ref(), None).await?;
+            }
+            for (port, sink) in [(ports.stdout, &io.stdout), (ports.stderr, &io.stderr)] {
+                if port != 0 {
+                    outputs.push(self.connect(port, None, sink.as_ref()).await?);
+                }
+            }
+        }
+        let mut containers = self.containers();
+        let process = containers.process(container, exec_id)?;
+        process.outputs = outputs;
+        process.stdin_keeper = io.stdin_keeper;
+        Ok(())
+    }
+
+    async fn connect(
+        &self,
+        port: u32,
+        source: Option<&OwnedFd>,
+        sink: Option<&OwnedFd>,
+    ) -> Result<StreamEnd, ContainerError> {
+        let connected = self.vmm.connect(port, source, sink).await;
+        connected.map_err(|text| match self.vmm.end() {
+            Some(end) => ContainerError::VmGone(end),
+            None => ContainerError::Vmm {
+                call: "connect a stream",
+                text,
+            },
+        })
+    }
+}
+
+pub(super) fn check_io(io: &ProcessIo, has_terminal: bool) -> Result<(), ContainerError> {
+    let text = if io.terminal != has_terminal {
+        "the request and the spec disagree on whether there is a terminal"
+    } else if io.terminal && io.stderr.is_some() {
+        "a process with a terminal has no standard error of its own"
+    } else {
+        return Ok(());
+    };
+    Err(ContainerError::Invalid {
+        text: text.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terminal_must_be_agreed_on() {
+        let io = ProcessIo {
+            terminal: true,
+            ..ProcessIo::default()
+        };
+        assert!(check_io(&io, false).is_err());
+        assert!(check_io(&ProcessIo::default(), true).is_err());
+        assert!(check_io(&io, true).is_ok());
+    }
+
+    #[test]
+    fn terminal_has_no_standard_error() {
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let io = ProcessIo {
+            terminal: true,
+            stderr: Some(writer.into()),
+            ..ProcessIo::default()
+        };
+        assert!(check_io(&io, true).is_err());
+    }
+}
