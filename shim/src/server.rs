@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -132,6 +133,8 @@ impl PodMaker for Maker {
             guest_ms = took.guest.as_millis(),
             "pod started"
         );
+        let sandbox = Arc::new(sandbox);
+        tokio::spawn(log_end(self.id.clone(), sandbox.clone()));
         Ok(SandboxPod { sandbox })
     }
 }
@@ -149,7 +152,16 @@ fn netns(spec: &oci::Spec) -> Option<PathBuf> {
 }
 
 struct SandboxPod {
-    sandbox: Sandbox,
+    sandbox: Arc<Sandbox>,
+}
+
+/// Says why a virtual machine has ended that nobody has asked to.
+async fn log_end(pod: String, sandbox: Arc<Sandbox>) {
+    let end = sandbox.ended().await;
+    if !end.is_clean {
+        let console = sandbox.last_console_words();
+        tracing::error!(pod, console, "the pod's virtual machine is gone: {end}");
+    }
 }
 
 impl From<ContainerError> for PodError {

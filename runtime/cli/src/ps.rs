@@ -11,27 +11,54 @@ use husk_sandbox::STATE_DIR_ROOT;
 /// STATE is "running" while the process that started the sandbox is there, and "orphaned" when it
 /// was killed and nobody has cleaned up yet.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Arguments {}
-
-pub(crate) fn run(_: &Arguments) -> ExitCode {
-    match list(Path::new(STATE_DIR_ROOT)) {
-        Ok(lines) => {
-            println!("{:<16} {:<32} STATE", "NAMESPACE", "ID");
-            lines.iter().for_each(|line| println!("{line}"));
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("husk: cannot list {STATE_DIR_ROOT}: {error}");
-            ExitCode::FAILURE
-        }
-    }
+pub(crate) struct Arguments {
+    /// Print a JSON array
+    #[arg(long)]
+    json: bool,
 }
 
-fn list(root: &Path) -> std::io::Result<Vec<String>> {
-    let mut lines = Vec::new();
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+struct Listed {
+    namespace: String,
+    id: String,
+    state: &'static str,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> ExitCode {
+    let listed = match list(Path::new(STATE_DIR_ROOT)) {
+        Ok(listed) => listed,
+        Err(error) => {
+            eprintln!("husk: cannot list {STATE_DIR_ROOT}: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if arguments.json {
+        match serde_json::to_string_pretty(&listed) {
+            Ok(json) => println!("{json}"),
+            Err(error) => {
+                eprintln!("husk: cannot write JSON: {error}");
+                return ExitCode::FAILURE;
+            }
+        }
+        return ExitCode::SUCCESS;
+    }
+    println!("{:<16} {:<32} STATE", "NAMESPACE", "ID");
+    for Listed {
+        namespace,
+        id,
+        state,
+    } in listed
+    {
+        println!("{namespace:<16} {id:<32} {state}");
+    }
+    ExitCode::SUCCESS
+}
+
+fn list(root: &Path) -> std::io::Result<Vec<Listed>> {
+    let mut listed = Vec::new();
     let namespaces = match fs::read_dir(root) {
         Ok(namespaces) => namespaces,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(lines),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(listed),
         Err(error) => return Err(error),
     };
     for namespace in namespaces {
@@ -39,10 +66,36 @@ fn list(root: &Path) -> std::io::Result<Vec<String>> {
             continue;
         };
         for (id, has_owner) in husk_sandbox::sandboxes(root, &namespace)? {
-            let state = if has_owner { "running" } else { "orphaned" };
-            lines.push(format!("{namespace:<16} {id:<32} {state}"));
+            listed.push(Listed {
+                namespace: namespace.clone(),
+                id,
+                state: if has_owner { "running" } else { "orphaned" },
+            });
         }
     }
-    lines.sort();
-    Ok(lines)
+    listed.sort();
+    Ok(listed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sandboxes_are_listed_and_sockets_are_not() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(list(&root.path().join("none")).unwrap(), []);
+        fs::create_dir_all(root.path().join("default/t1")).unwrap();
+        fs::create_dir(root.path().join("s")).unwrap();
+        fs::write(root.path().join("s/0123"), "").unwrap();
+
+        let listed = list(root.path()).unwrap();
+
+        let expected = Listed {
+            namespace: "default".to_owned(),
+            id: "t1".to_owned(),
+            state: "orphaned",
+        };
+        assert_eq!(listed, [expected]);
+    }
 }

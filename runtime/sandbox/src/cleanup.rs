@@ -38,7 +38,12 @@ pub fn sandboxes(state_dir_root: &Path, namespace: &str) -> io::Result<Vec<(Stri
     };
     let mut found = Vec::new();
     for entry in entries {
-        let Ok(id) = entry?.file_name().into_string() else {
+        let entry = entry?;
+        // Sockets may be beside them.
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let Ok(id) = entry.file_name().into_string() else {
             continue;
         };
         let Ok(state) = StateDir::locate(state_dir_root, namespace, &id) else {

@@ -1,6 +1,7 @@
 //! A pod's life: start, end.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU32;
@@ -195,6 +196,23 @@ impl Sandbox {
         self.state.console_log()
     }
 
+    /// The last that the guest has written to its console, in one line, for people. Empty if there is
+    /// nothing, or nothing any more.
+    pub fn last_console_words(&self) -> String {
+        let read = || -> io::Result<Vec<u8>> {
+            let mut log = File::open(self.console_log())?;
+            let length = log.metadata()?.len();
+            log.seek(SeekFrom::Start(
+                length.saturating_sub(CONSOLE_WORDS_BYTES_MAX),
+            ))?;
+            let mut bytes = Vec::new();
+            log.take(CONSOLE_WORDS_BYTES_MAX).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        let bytes = read().unwrap_or_default();
+        cap_text(&String::from_utf8_lossy(&bytes))
+    }
+
     /// Waits until the virtual machine is gone, whatever the cause; answers at once, and the same,
     /// ever after. The VMM process has been reaped by then.
     pub async fn ended(&self) -> VmEnd {
@@ -295,6 +313,9 @@ fn boot_config(
 /// How long the guest may believe the share's names and attributes. Volumes may be changed by the
 /// host.
 const SHARE_CACHE_MS: u64 = 1000;
+
+/// How much of the console's end is told.
+const CONSOLE_WORDS_BYTES_MAX: u64 = 1024;
 
 /// For the VMM to end when it is asked to.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);

@@ -51,6 +51,7 @@ pub(crate) const ALL: &[Scenario] = &[
     both("file_system", |ctr| files::file_system(ctr)),
     both("debian_work", files::debian_work),
     both("debian_tree", files::debian_tree),
+    both("debian_big_tree", files::debian_big_tree),
     both("shim_killed_while_running", |ctr| {
         faults::shim_killed_while_running(ctr)
     }),
