@@ -2,7 +2,7 @@
 //!
 //! [`Sandbox::start`] makes the pod's directory under `/run/husk`, spawns `husk-vmm`, boots the
 //! guest and shakes hands with its agent. Containers and processes are then made through the
-//! sandbox. [`Sandbox::shutdown`] undoes everything; [`cleanup`] does the same from a fresh process
+//! sandbox. [`Sandbox::shutdown`] undoes everything; [`cleanup()`] does the same from a fresh process
 //! that knows nothing but the pod's name, after whatever was killed at whatever moment.
 //!
 //! Trust: the VMM process and everything behind it belongs to the guest. What it says is checked for

@@ -48,7 +48,7 @@ pub struct SandboxConfig {
 }
 
 /// A running virtual machine and the containers in it. Dropping it kills the virtual machine but
-/// leaves what else there is to [`cleanup`]; [`Sandbox::shutdown`] is the way to end one.
+/// leaves what else there is to [`cleanup()`]; [`Sandbox::shutdown`] is the way to end one.
 #[derive(Debug)]
 pub struct Sandbox {
     pub(crate) state: StateDir,

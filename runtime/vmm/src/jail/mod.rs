@@ -1,6 +1,6 @@
 //! What is left of the host for a guest that has taken over the VMM.
 //!
-//! [`launch`] puts the process into a PID namespace; [`enter`] does everything else that concerns
+//! [`launch()`] puts the process into a PID namespace; [`enter`] does everything else that concerns
 //! the process as a whole, in an order that leaves each step the privileges it needs. What concerns
 //! single threads is in [`crate::seccomp`].
 //!

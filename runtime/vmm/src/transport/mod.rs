@@ -1,8 +1,8 @@
 //! Between drivers and devices: everything that virtio leaves to the transport.
 //!
 //! [`Mmio`] is what the driver sees: registers, and the order in which it may use them. It hands a
-//! device to its thread, through a [`Worker`], only when the driver has completed the set-up and
-//! every number of it was checked. [`Seat`] is that thread's side.
+//! device to its thread, through a [`worker::Worker`], only when the driver has completed the set-up
+//! and every number of it was checked. [`Seat`] is that thread's side.
 
 mod mmio;
 mod queue;
