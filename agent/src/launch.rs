@@ -131,7 +131,19 @@ pub async fn launch(
 
 impl Launched {
     /// Opens the gate, and returns once the program runs.
+    ///
+    /// # Errors
+    /// [`LaunchError`]; the process is killed.
     pub async fn start(self) -> Result<(), LaunchError> {
+        let started = self.open_gate().await;
+        if started.is_err() {
+            // It may have ended by itself, which is what is wanted.
+            let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        }
+        started
+    }
+
+    async fn open_gate(&self) -> Result<(), LaunchError> {
         match order(&self.channel) {
             // Killed at the gate: to have run and ended is the same to everybody.
             Err(LaunchError::Talk(error)) if error.kind() == io::ErrorKind::BrokenPipe => {

@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use rustix::io::Errno;
+use rustix::process::WaitOptions;
 use rustix::time::{ClockId, clock_gettime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -69,20 +70,23 @@ impl Reaper {
 
     fn collect(&self) {
         loop {
-            let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, status)) => (pid, status.unsigned_abs() & 0xff),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                    (pid, SIGNAL_STATUS + (signal as i32).unsigned_abs())
-                }
-                Ok(WaitStatus::StillAlive) | Err(nix::Error::ECHILD) => return,
-                Err(nix::Error::EINTR) | Ok(_) => continue,
+            let (pid, status) = match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some(collected)) => collected,
+                Ok(None) | Err(Errno::CHILD) => return,
+                Err(Errno::INTR) => continue,
                 Err(error) => {
                     eprintln!("husk-agent: cannot collect children: {error}");
                     return;
                 }
             };
+            // Any signal: real-time ones have numbers and no names.
+            let signal = |number: i32| SIGNAL_STATUS.saturating_add(number.unsigned_abs());
+            let code = status.exit_status().map(|code| code.unsigned_abs() & 0xff);
+            let Some(status) = code.or_else(|| status.terminating_signal().map(signal)) else {
+                continue;
+            };
             self.record(
-                pid.as_raw(),
+                pid.as_raw_nonzero().get(),
                 Exit {
                     status,
                     at_ns: realtime_ns(),

@@ -13,7 +13,8 @@ use std::time::Duration;
 use husk_protocol::STREAM_PORT_MIN;
 use husk_protocol::messages::Stdio as Request;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, VsockAddr, accept4, bind, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, VsockAddr, accept4, bind, getpeername,
+    listen, socket,
 };
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -25,6 +26,9 @@ use tokio::sync::oneshot;
 
 /// How long a port waits for its one connection. Generous, for a host with far too many guests.
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Connections that may wait at a port, of which at most one is the host's.
+const BACKLOG: i32 = 16;
 
 /// Bytes that are moved at once.
 const BUFFER_BYTES: usize = 64 * 1024;
@@ -147,7 +151,7 @@ impl Ports {
                 bind(listener.as_raw_fd(), &UnixAddr::new(&path)?)?;
             }
         }
-        listen(&listener, Backlog::new(1)?)?;
+        listen(&listener, Backlog::new(BACKLOG)?)?;
         crate::sys::register(listener, Interest::READABLE)
     }
 }
@@ -181,19 +185,31 @@ pub fn nonblocking(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedF
     crate::sys::register(fd, interest)
 }
 
-/// Takes the one connection; the listener is closed in any case.
+/// Takes the host's one connection; the listener is closed in any case. Connections of anybody else
+/// are closed: a container may reach the guest's own ports.
 async fn accept(listener: AsyncFd<OwnedFd>) -> Option<AsyncFd<OwnedFd>> {
-    let accepted = tokio::time::timeout(
-        ACCEPT_DEADLINE,
-        listener.async_io(Interest::READABLE, |listener| {
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            Ok(accept4(listener.as_raw_fd(), flags)?)
-        }),
-    )
-    .await;
-    let fd = accepted.ok()?.ok()?;
-    let socket = crate::sys::own_fd(fd);
+    let accept = async {
+        loop {
+            let accepted = listener.async_io(Interest::READABLE, |listener| {
+                let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+                Ok(accept4(listener.as_raw_fd(), flags)?)
+            });
+            let socket = crate::sys::own_fd(accepted.await.ok()?);
+            if !is_of_another_guest(&socket) {
+                return Some(socket);
+            }
+        }
+    };
+    let socket = tokio::time::timeout(ACCEPT_DEADLINE, accept).await.ok()??;
     crate::sys::register(socket, Interest::READABLE | Interest::WRITABLE).ok()
+}
+
+/// Whether a vsock connection comes from anywhere but the host.
+fn is_of_another_guest(socket: &OwnedFd) -> bool {
+    // A socket of another family has no such address: without a guest, whoever has the directory
+    // is the host.
+    getpeername::<VsockAddr>(socket.as_raw_fd())
+        .is_ok_and(|peer| peer.cid() != libc::VMADDR_CID_HOST)
 }
 
 /// Standard input: port to pipe.

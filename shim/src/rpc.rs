@@ -42,6 +42,17 @@ fn status(error: PodError) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(error.code, error.text))
 }
 
+/// Carries a call out to its end even if the caller goes away or its time is up, when ttrpc drops
+/// the handler: a task that is half started or half deleted would be so for ever.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, PodError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(work).await {
+        Ok(done) => done.map_err(status),
+        Err(error) => Err(status(PodError::new(Code::INTERNAL, error))),
+    }
+}
+
 #[async_trait]
 impl<M: PodMaker + 'static> Task for Rpc<M> {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
@@ -55,15 +66,17 @@ impl<M: PodMaker + 'static> Task for Rpc<M> {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
+        let service = self.service.clone();
         let mut response = CreateTaskResponse::new();
-        response.set_pid(self.service.create(&request).await.map_err(status)?);
+        response.set_pid(to_its_end(async move { service.create(&request).await }).await?);
         Ok(response)
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        let started = self.service.start(request.id(), request.exec_id()).await;
+        let service = self.service.clone();
+        let start = async move { service.start(request.id(), request.exec_id()).await };
         let mut response = StartResponse::new();
-        response.set_pid(started.map_err(status)?);
+        response.set_pid(to_its_end(start).await?);
         Ok(response)
     }
 
@@ -72,10 +85,8 @@ impl<M: PodMaker + 'static> Task for Rpc<M> {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
-        self.service
-            .delete(request.id(), request.exec_id())
-            .await
-            .map_err(status)
+        let service = self.service.clone();
+        to_its_end(async move { service.delete(request.id(), request.exec_id()).await }).await
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
@@ -85,18 +96,14 @@ impl<M: PodMaker + 'static> Task for Rpc<M> {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.service
-            .pause(request.id(), true)
-            .await
-            .map_err(status)?;
+        let service = self.service.clone();
+        to_its_end(async move { service.pause(request.id(), true).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.service
-            .pause(request.id(), false)
-            .await
-            .map_err(status)?;
+        let service = self.service.clone();
+        to_its_end(async move { service.pause(request.id(), false).await }).await?;
         Ok(Empty::new())
     }
 
@@ -127,10 +134,12 @@ impl<M: PodMaker + 'static> Task for Rpc<M> {
             terminal: request.terminal(),
         };
         let process = request.spec().value.clone();
-        self.service
-            .exec(request.id(), request.exec_id(), paths, process)
-            .await
-            .map_err(status)?;
+        let service = self.service.clone();
+        let exec = async move {
+            let (id, exec_id) = (request.id(), request.exec_id());
+            service.exec(id, exec_id, paths, process).await
+        };
+        to_its_end(exec).await?;
         Ok(Empty::new())
     }
 
@@ -181,7 +190,12 @@ impl<M: PodMaker + 'static> Task for Rpc<M> {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        self.service.shutdown(request.now()).await;
+        let service = self.service.clone();
+        let shutdown = async move {
+            service.shutdown(request.now()).await;
+            Ok(())
+        };
+        to_its_end(shutdown).await?;
         Ok(Empty::new())
     }
 }

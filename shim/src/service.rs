@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::{
     ConnectResponse, CreateTaskRequest, DeleteResponse, Mount, ProcessInfo, StateResponse, Status,
@@ -25,6 +25,11 @@ use crate::pod::{Exit, NewContainer, Pod, PodError, PodMaker, RootMount};
 use crate::state::{Refused, State, Step};
 use crate::stdio::Paths;
 use crate::task::{Process, Task};
+
+/// What an exec that could not be started has ended with, as a shell says of a missing command.
+const STATUS_NOT_STARTED: u32 = 127;
+
+const SIGKILL: u32 = 9;
 
 /// How long init's exit waits for the exits of execs, which end with it.
 const EXECS_END_DEADLINE: Duration = Duration::from_secs(10);
@@ -203,6 +208,13 @@ impl<M: PodMaker + 'static> Service<M> {
         process.step(Step::Start)?;
         if let Err(error) = pod.start_process(id, exec).await {
             process.step(Step::StartFailed)?;
+            if !exec.is_empty() {
+                // Nothing has run, so nothing is published; but somebody may wait already.
+                process.record_exit(Exit {
+                    status: STATUS_NOT_STARTED,
+                    at: SystemTime::now(),
+                });
+            }
             return Err(error);
         }
         let pid = pod.host_pid();
@@ -362,8 +374,18 @@ impl<M: PodMaker + 'static> Service<M> {
     pub(crate) async fn delete(&self, id: &str, exec: &str) -> Result<DeleteResponse, PodError> {
         let (_, process) = self.process(id, exec)?;
         let pod = self.pod()?;
+        let was_created = process.state() == State::Created;
         process.step(Step::Delete)?;
-        pod.output_drained(id, exec).await;
+        if !was_created {
+            pod.output_drained(id, exec).await;
+        } else if exec.is_empty() {
+            // It waits for a start that will not come.
+            let killed = pod.signal_process(id, exec, SIGKILL, true).await;
+            let ended = tokio::time::timeout(EXECS_END_DEADLINE, process.exited());
+            if killed.is_ok() && ended.await.is_err() {
+                tracing::warn!(id, "a container that was never started outlives SIGKILL");
+            }
+        }
         process.release_stdio();
         let pid = pod.host_pid();
         if exec.is_empty() {

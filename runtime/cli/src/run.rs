@@ -3,8 +3,8 @@
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, IsTerminal};
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use husk_sandbox::{
 };
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
+use rustix::fs::{Mode, OFlags};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::bundle::Bundle;
@@ -92,8 +93,9 @@ const INIT: &str = "";
 /// For the guest to power itself off.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
 
-/// For the command's last output to be written, with nobody left to write more.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// For the command's last output to be read by whoever it is for. A pager waits for a person, who can
+/// end the wait by a signal.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// So many requests to end are a wish to be obeyed.
 const END_REQUESTS_MAX: u32 = 3;
@@ -195,7 +197,10 @@ fn remove_orphans() {
     for (id, has_owner) in
         husk_sandbox::sandboxes(STATE_DIR_ROOT.as_ref(), NAMESPACE).unwrap_or_default()
     {
+        // One that is just being made has no record of its owner yet; its id has.
+        let pid = id.strip_prefix("run-").unwrap_or_default();
         if !has_owner
+            && !Path::new("/proc").join(pid).exists()
             && let Err(error) = husk_sandbox::cleanup(STATE_DIR_ROOT.as_ref(), NAMESPACE, &id)
         {
             eprintln!("husk: cannot remove what {id} has left: {error}");
@@ -236,11 +241,13 @@ async fn run_container(
         false => None,
     };
     let status = serve(sandbox, has_terminal, signals).await?;
-    if let Drained::NotInTime = sandbox
-        .output_drained(CONTAINER, INIT, DRAIN_DEADLINE)
-        .await?
-    {
-        eprintln!("husk: something still holds the command's output open");
+    tokio::select! {
+        drained = sandbox.output_drained(CONTAINER, INIT, DRAIN_DEADLINE) => {
+            if let Drained::NotInTime = drained? {
+                eprintln!("husk: nobody reads the command's output; the rest is lost");
+            }
+        }
+        number = signals.next() => return Ok(EXIT_SIGNAL.saturating_add(number)),
     }
     report.run = running_at.elapsed();
     Ok(status)
@@ -312,7 +319,6 @@ fn status_of_refusal(text: &str) -> Option<u8> {
 
 /// Copies of our own standard streams.
 fn own_streams(has_terminal: bool) -> io::Result<ProcessIo> {
-    let copy = |stream: &dyn AsFd| stream.as_fd().try_clone_to_owned();
     let stdin = match copy(&io::stdin()) {
         Ok(stdin) => stdin,
         // Closed by the caller.
@@ -325,6 +331,19 @@ fn own_streams(has_terminal: bool) -> io::Result<ProcessIo> {
         stderr: copy(&io::stderr()).ok().filter(|_| !has_terminal),
         terminal: has_terminal,
     })
+}
+
+/// A copy of a stream. A terminal is opened anew, so that the copy can be non-blocking, as the VMM
+/// wants it, without everybody else's being it too.
+fn copy(stream: &impl AsFd) -> io::Result<OwnedFd> {
+    let stream = stream.as_fd();
+    if !stream.is_terminal() {
+        return stream.try_clone_to_owned();
+    }
+    let path = format!("/proc/self/fd/{}", stream.as_raw_fd());
+    let mode = rustix::fs::fcntl_getfl(stream)? & OFlags::RWMODE;
+    let flags = mode | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
 /// Tells the guest the size of our terminal.

@@ -254,6 +254,10 @@ const SIGKILL: u32 = 9;
 /// A ttrpc message holds 4 MiB; the rest of the request is small.
 const JSON_BYTES_MAX: usize = 4 * 1024 * 1024 - 64 * 1024;
 
+/// For a guest to say that it has sent SIGKILL. A guest that thrashes may take longer than its user
+/// has patience.
+const SIGKILL_DEADLINE: Duration = Duration::from_secs(20);
+
 /// For any call to the agent that isn't a wait.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
 

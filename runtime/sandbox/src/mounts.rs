@@ -316,10 +316,21 @@ const LOWERDIR: &str = "lowerdir=";
 fn publish(staging: &Path, target: &Path) -> Result<(), MountError> {
     let failed = |step| step_error(staging, target, step);
     change(staging, MsFlags::MS_PRIVATE | MsFlags::MS_REC).map_err(failed("make private"))?;
+    forbid_devices(staging).map_err(failed("forbid devices of"))?;
     let none = None::<&str>;
     nix::mount::mount(Some(staging), target, none, MsFlags::MS_MOVE, none)
         .map_err(io::Error::from)
         .map_err(failed("move into the share"))
+}
+
+/// Lets nobody on the host open device nodes there: the guest makes what nodes it likes, and they
+/// are its own devices', but a VMM that was taken over must not find the host's behind them.
+fn forbid_devices(staging: &Path) -> io::Result<()> {
+    for point in mount_points_below(staging)? {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NODEV;
+        change(&point, flags | locked_flags(&point))?;
+    }
+    Ok(())
 }
 
 fn step_error(

@@ -13,6 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+/// What containerd and the shims say.
+const LOG: &str = "/var/log/containerd.log";
+
 /// For something to happen that is due, in the testbed.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -158,6 +161,22 @@ fn wait(fd: &impl std::os::fd::AsFd, events: PollFlags, deadline: Instant) -> Re
     Ok(poll(&mut [PollFd::new(fd, events)], Some(&left))? > 0)
 }
 
+/// The end of containerd's log without what tells of good days.
+pub(crate) fn last_warnings() -> Vec<String> {
+    const LINES_MAX: usize = 12;
+    let log = fs::read(LOG).unwrap_or_default();
+    let log = String::from_utf8_lossy(&log);
+    let mut lines: Vec<_> = log
+        .lines()
+        .rev()
+        .filter(|line| !line.contains("level=info"))
+        .take(LINES_MAX)
+        .map(str::to_owned)
+        .collect();
+    lines.reverse();
+    lines
+}
+
 /// The running containerd.
 pub(crate) fn containerd() -> Result<Process> {
     let mut all = Process::all()?;
@@ -174,10 +193,7 @@ pub(crate) fn start_containerd() -> Result<()> {
     const SOCKET: &str = "/run/husk-scenarios-ready";
     let ready = UnixDatagram::bind(SOCKET).context("cannot make the socket for READY")?;
     ready.set_read_timeout(Some(DEADLINE))?;
-    let log = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open("/var/log/containerd.log")?;
+    let log = OpenOptions::new().append(true).create(true).open(LOG)?;
     // In a session of its own, as a service: nothing that ends the scenarios ends it.
     let started = Command::new("setsid")
         .arg("containerd")

@@ -78,6 +78,10 @@ fn run() -> Result<bool> {
                 Err(error) => {
                     failed += 1;
                     println!("FAILED  {runtime} {name} ({took:.1} s): {error:#}");
+                    println!("        containerd's log, where it is more than chat:");
+                    for line in host::last_warnings() {
+                        println!("        {line}");
+                    }
                     ctr.bury();
                 }
             }

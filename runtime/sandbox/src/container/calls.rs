@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use husk_protocol::messages;
 use oci_spec::runtime::LinuxResources;
+use tokio::time::timeout;
 
 use crate::agent::context;
 use crate::sandbox::in_background;
@@ -12,7 +13,7 @@ use crate::state::is_name;
 use crate::{ContainerError, ErrorKind, Exit, ListedProcess, Sandbox};
 
 use super::files::ContainerFiles;
-use super::{INIT, to_json};
+use super::{INIT, SIGKILL, SIGKILL_DEADLINE, to_json};
 
 impl Sandbox {
     /// Starts a process. Answers with its pid in the guest.
@@ -67,7 +68,8 @@ impl Sandbox {
         }
     }
 
-    /// Sends a signal to a process, or to all of its container.
+    /// Sends a signal to a process, or to all of its container. A guest that does not even answer to
+    /// a SIGKILL for an init is ended as a whole.
     ///
     /// # Errors
     /// [`ContainerError`]
@@ -79,7 +81,21 @@ impl Sandbox {
         all: bool,
     ) -> Result<(), ContainerError> {
         self.containers().check(container, exec_id)?;
-        self.signal_unchecked(container, exec_id, signal, all).await
+        let sent = self.signal_unchecked(container, exec_id, signal, all);
+        if signal != SIGKILL || exec_id != INIT {
+            return sent.await;
+        }
+        match timeout(SIGKILL_DEADLINE, sent).await {
+            Ok(sent) => sent,
+            Err(_) => {
+                tracing::warn!(
+                    container,
+                    "ending a guest that has not answered to SIGKILL for {SIGKILL_DEADLINE:?}"
+                );
+                self.vmm.kill().await;
+                Ok(())
+            }
+        }
     }
 
     pub(super) async fn signal_unchecked(

@@ -125,7 +125,24 @@ impl Server {
     }
 }
 
-/// The type as directory entries have it (`DT_*`): the upper four bits of the mode.
+/// The type as directory entries have it (`DT_*`): the upper four bits of the mode, 0 if it is not
+/// known.
 fn kind_number(kind: fs::FileType) -> u8 {
-    u8::try_from(kind.as_raw_mode() >> 12).unwrap_or(0) & 0xf
+    match kind {
+        fs::FileType::Unknown => 0,
+        kind => u8::try_from(kind.as_raw_mode() >> 12).unwrap_or(0) & 0xf,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_are_those_of_directory_entries() {
+        assert_eq!(kind_number(fs::FileType::Unknown), 0);
+        assert_eq!(kind_number(fs::FileType::Directory), 4);
+        assert_eq!(kind_number(fs::FileType::RegularFile), 8);
+        assert_eq!(kind_number(fs::FileType::Symlink), 10);
+    }
 }

@@ -279,7 +279,10 @@ impl Mmio {
             match setup.check(&self.memory, has_event_index) {
                 Ok(queue) => queues.push(queue),
                 Err(error) => {
-                    eprintln!("{}: queue {index}: {error}", self.profile.name);
+                    if self.refusals < REFUSALS_LOGGED_MAX {
+                        self.refusals += 1;
+                        eprintln!("{}: queue {index}: {error}", self.profile.name);
+                    }
                     self.worker.signals().fail();
                     return;
                 }

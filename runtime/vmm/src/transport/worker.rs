@@ -182,6 +182,10 @@ impl Worker {
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     eprintln!("{}: does not stop within {STOP_DEADLINE:?}", self.name);
                     self.assignments = None;
+                    self.is_running = false;
+                    self.signals.clear();
+                    // Still to be seen by the device, whenever it looks.
+                    return;
                 }
             }
             self.is_running = false;
@@ -211,13 +215,17 @@ impl Seat {
 
     /// Runs the device whenever the driver has set it up, until the worker is dismissed.
     pub(crate) fn serve(mut self) {
+        let mut failures_logged = 0;
         while let Ok(assignment) = self.assignments.recv() {
             let name = self.name();
             let run = AssertUnwindSafe(|| self.run(assignment));
             let is_usable = match panic::catch_unwind(run) {
                 Ok(Ok(())) => true,
                 Ok(Err(error)) => {
-                    log_chain(name, &error);
+                    if failures_logged < FAILURES_LOGGED_MAX {
+                        failures_logged += 1;
+                        log_chain(name, &error);
+                    }
                     self.signals.fail();
                     true
                 }
@@ -262,8 +270,10 @@ impl Seat {
     }
 }
 
-/// Prints an error and its causes. A device fails at most once for each set-up by the driver, which
-/// takes the driver a hundred register writes.
+/// Failures of one device that are logged. A guest can make them as fast as it resets the device.
+const FAILURES_LOGGED_MAX: u32 = 8;
+
+/// Prints an error and its causes.
 fn log_chain(name: &str, error: &dyn std::error::Error) {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::ctr::Ctr;
 use crate::host;
+use crate::pty::Terminal;
 
 const PLACE: &str = "/var/tmp/husk-embedded";
 
@@ -69,6 +70,23 @@ fn run_all() -> Result<()> {
     ensure!(missing.status.code() == Some(127), "not 127: {missing:?}");
     let text = String::from_utf8_lossy(&missing.stderr).into_owned();
     ensure!(text.contains("no-such-command"), "not named: {text}");
+
+    let script = "read word && echo \"the word is $word\"; stty size
+        trap 'echo interrupted; exit 9' INT; trap 'stty size' WINCH; echo ready
+        sleep 1000 & while :; do wait; done";
+    let mut terminal = Terminal::run(33, 77, &["husk", "run", PLACE, "--", "sh", "-c", script])?;
+    terminal.type_in("husk\r")?;
+    terminal.until("the word is husk")?;
+    terminal.until("33 77")?;
+    terminal.until("ready")?;
+    terminal.resize(44, 88)?;
+    terminal.until("44 88")?;
+    terminal.type_in("\x03")?;
+    let (status, seen) = terminal.end()?;
+    ensure!(
+        status == 9,
+        "in a terminal, it ended with {status}: {seen:?}"
+    );
     Ok(())
 }
 

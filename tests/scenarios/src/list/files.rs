@@ -51,7 +51,8 @@ fn compare_with_host(ctr: &Ctr, place: &Path) -> Result<()> {
     let said = ended.text();
     ensure!(
         said == expected,
-        "{}",
+        "ended with {}, {}",
+        ended.status,
         difference(&expected, &said, &ended.stderr)
     );
     Ok(())
