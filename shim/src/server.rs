@@ -159,8 +159,13 @@ struct SandboxPod {
 async fn log_end(pod: String, sandbox: Arc<Sandbox>) {
     let end = sandbox.ended().await;
     if !end.is_clean {
-        let console = sandbox.last_console_words();
-        tracing::error!(pod, console, "the pod's virtual machine is gone: {end}");
+        let (console, vmm) = sandbox.last_words();
+        tracing::error!(
+            pod,
+            console,
+            vmm,
+            "the pod's virtual machine is gone: {end}"
+        );
     }
 }
 

@@ -196,21 +196,13 @@ impl Sandbox {
         self.state.console_log()
     }
 
-    /// The last that the guest has written to its console, in one line, for people. Empty if there is
-    /// nothing, or nothing any more.
-    pub fn last_console_words(&self) -> String {
-        let read = || -> io::Result<Vec<u8>> {
-            let mut log = File::open(self.console_log())?;
-            let length = log.metadata()?.len();
-            log.seek(SeekFrom::Start(
-                length.saturating_sub(CONSOLE_WORDS_BYTES_MAX),
-            ))?;
-            let mut bytes = Vec::new();
-            log.take(CONSOLE_WORDS_BYTES_MAX).read_to_end(&mut bytes)?;
-            Ok(bytes)
-        };
-        let bytes = read().unwrap_or_default();
-        cap_text(&String::from_utf8_lossy(&bytes))
+    /// The last that the guest has written to its console, and that the VMM has written to its log,
+    /// each in one line, for people. Empty if there is nothing, or nothing any more.
+    pub fn last_words(&self) -> (String, String) {
+        (
+            last_words(&self.console_log()),
+            last_words(&self.state.vmm_log()),
+        )
     }
 
     /// Waits until the virtual machine is gone, whatever the cause; answers at once, and the same,
@@ -259,6 +251,19 @@ pub(crate) async fn in_background<T: Send + 'static>(
             Err(_) => std::future::pending().await,
         },
     }
+}
+
+/// The end of a log that somebody untrusted may have written.
+fn last_words(log: &Path) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut log = File::open(log)?;
+        let length = log.metadata()?.len();
+        log.seek(SeekFrom::Start(length.saturating_sub(LAST_WORDS_BYTES_MAX)))?;
+        let mut bytes = Vec::new();
+        log.take(LAST_WORDS_BYTES_MAX).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    cap_text(&String::from_utf8_lossy(&read().unwrap_or_default()))
 }
 
 fn own_identity() -> Option<Identity> {
@@ -314,8 +319,8 @@ fn boot_config(
 /// host.
 const SHARE_CACHE_MS: u64 = 1000;
 
-/// How much of the console's end is told.
-const CONSOLE_WORDS_BYTES_MAX: u64 = 1024;
+/// How much of a log's end is told.
+const LAST_WORDS_BYTES_MAX: u64 = 1024;
 
 /// For the VMM to end when it is asked to.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);

@@ -12,7 +12,7 @@ use crate::pty::Terminal;
 const IMAGE: &str = "docker.io/library/busybox:latest";
 
 /// How long one `ctr` may take, in seconds. The testbed is some twenty times slower than metal.
-const CTR_DEADLINE_S: u32 = 120;
+const CTR_DEADLINE_S: u32 = 300;
 
 /// `ctr` with one runtime and one container's name.
 pub(crate) struct Ctr {
