@@ -50,7 +50,7 @@ def main():
 def parse_arguments():
     parser = argparse.ArgumentParser(
         prog="tests/testbed/run", description="Runs a command as root in Husk's testbed.")
-    parser.add_argument("--cpus", type=int, default=2, metavar="N")
+    parser.add_argument("--cpus", type=int, default=1, metavar="N")
     parser.add_argument("--memory", default="4G", metavar="SIZE", help="as QEMU writes it: 4G, 2048M")
     parser.add_argument("--share", metavar="DIR", help="appears at /share, read-write")
     parser.add_argument("--deterministic", action="store_true",
