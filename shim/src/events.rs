@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskPaused, TaskResumed,
-    TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageDyn;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -42,6 +42,7 @@ pub(crate) enum Event {
     ExecAdded(TaskExecAdded),
     ExecStarted(TaskExecStarted),
     Exit(TaskExit),
+    Oom(TaskOOM),
     Paused(TaskPaused),
     Resumed(TaskResumed),
     Delete(TaskDelete),
@@ -54,6 +55,7 @@ impl Event {
             Self::Start(_) => topics::TASK_START_EVENT_TOPIC,
             Self::ExecAdded(_) => topics::TASK_EXEC_ADDED_EVENT_TOPIC,
             Self::ExecStarted(_) => topics::TASK_EXEC_STARTED_EVENT_TOPIC,
+            Self::Oom(_) => topics::TASK_OOM_EVENT_TOPIC,
             Self::Exit(_) => topics::TASK_EXIT_EVENT_TOPIC,
             Self::Paused(_) => topics::TASK_PAUSED_EVENT_TOPIC,
             Self::Resumed(_) => topics::TASK_RESUMED_EVENT_TOPIC,
@@ -67,6 +69,7 @@ impl Event {
             Self::Start(message) => message,
             Self::ExecAdded(message) => message,
             Self::ExecStarted(message) => message,
+            Self::Oom(message) => message,
             Self::Exit(message) => message,
             Self::Paused(message) => message,
             Self::Resumed(message) => message,

@@ -15,6 +15,7 @@ mod rpc;
 mod server;
 mod service;
 mod state;
+mod stats;
 mod stdio;
 mod task;
 

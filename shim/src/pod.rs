@@ -1,10 +1,11 @@
 //! What the Task service needs of a pod: the sandbox, or a stand-in in tests.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::stdio::Ends;
 
@@ -96,6 +97,13 @@ pub(crate) trait Pod: Send + Sync {
     async fn processes(&self, container: &str) -> Result<Vec<GuestProcess>, PodError>;
     async fn pause(&self, container: &str) -> Result<(), PodError>;
     async fn resume(&self, container: &str) -> Result<(), PodError>;
+    /// Changes a container's limits.
+    async fn update(&self, container: &str, resources: &LinuxResources) -> Result<(), PodError>;
+    /// The files of the container's cgroup that hold figures, by name.
+    async fn stats(&self, container: &str) -> Result<HashMap<String, String>, PodError>;
+    /// Answers when the container has had more OOM kills than `seen`, with their number; an error
+    /// when it ends, or the pod.
+    async fn out_of_memory(&self, container: &str, seen: u64) -> Result<u64, PodError>;
     /// Returns when every byte of the process's output is where it belongs, or a bound is over.
     async fn output_drained(&self, container: &str, exec: &str);
     async fn delete_process(&self, container: &str, exec: &str) -> Result<(), PodError>;

@@ -8,8 +8,12 @@ use containerd_shim_protos::api::{
     CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
     DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
     PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest,
-    StartResponse, StateRequest, StateResponse, WaitRequest, WaitResponse,
+    StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest,
+    WaitRequest, WaitResponse,
 };
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{Message, MessageFull};
 use containerd_shim_protos::shim_async::{Task, create_task};
 use ttrpc::r#async::{Service as RpcService, TtrpcContext};
 use ttrpc::{Code, get_status};
@@ -105,6 +109,30 @@ impl<M: PodMaker + 'static> Task for Rpc<M> {
         let service = self.service.clone();
         to_its_end(async move { service.pause(request.id(), false).await }).await?;
         Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let service = self.service.clone();
+        let update = async move {
+            let resources = &request.resources().value;
+            service.update(request.id(), resources).await
+        };
+        to_its_end(update).await?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let metrics = self.service.stats(request.id()).await.map_err(status)?;
+        let value = metrics
+            .write_to_bytes()
+            .map_err(|error| status(PodError::new(Code::INTERNAL, error)))?;
+        let mut response = StatsResponse::new();
+        response.set_stats(Any {
+            type_url: Metrics::descriptor().full_name().to_owned(),
+            value,
+            ..Any::default()
+        });
+        Ok(response)
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {

@@ -1,5 +1,6 @@
 //! The server of one pod: the Task service over ttrpc, on the socket that `start` has made.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -302,6 +303,22 @@ impl Pod for SandboxPod {
 
     async fn resume(&self, container: &str) -> Result<(), PodError> {
         Ok(self.sandbox.resume(container).await?)
+    }
+
+    async fn update(
+        &self,
+        container: &str,
+        resources: &oci::LinuxResources,
+    ) -> Result<(), PodError> {
+        Ok(self.sandbox.update(container, resources).await?)
+    }
+
+    async fn stats(&self, container: &str) -> Result<HashMap<String, String>, PodError> {
+        Ok(self.sandbox.stats(container).await?)
+    }
+
+    async fn out_of_memory(&self, container: &str, seen: u64) -> Result<u64, PodError> {
+        Ok(self.sandbox.wait_oom(container, seen).await?)
     }
 
     async fn output_drained(&self, container: &str, exec: &str) {

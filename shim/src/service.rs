@@ -11,18 +11,23 @@ use std::time::{Duration, SystemTime};
 use containerd_shim_protos::api::{
     ConnectResponse, CreateTaskRequest, DeleteResponse, Mount, ProcessInfo, StateResponse, Status,
 };
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskPaused,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused,
     TaskResumed, TaskStart,
 };
-use oci_spec::runtime::Spec;
+use containerd_shim_protos::protobuf::CodedOutputStream;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::sync::{OnceCell, watch};
+use tokio::task::JoinHandle;
 use ttrpc::Code;
 
 use crate::convert::timestamp;
 use crate::events::{Event, Publisher};
 use crate::pod::{Exit, NewContainer, Pod, PodError, PodMaker, RootMount};
 use crate::state::{Refused, State, Step};
+use crate::stats::metrics;
 use crate::stdio::Paths;
 use crate::task::{Process, Task};
 
@@ -31,8 +36,8 @@ const STATUS_NOT_STARTED: u32 = 127;
 
 const SIGKILL: u32 = 9;
 
-/// How long init's exit waits for the exits of execs, which end with it.
-const EXECS_END_DEADLINE: Duration = Duration::from_secs(10);
+/// How long init's exit waits for what ends with it: execs, and the watch over its memory.
+const INIT_END_DEADLINE: Duration = Duration::from_secs(10);
 
 impl From<Refused> for PodError {
     fn from(refused: Refused) -> Self {
@@ -158,7 +163,8 @@ impl<M: PodMaker + 'static> Service<M> {
         event.set_io(io);
         event.set_pid(pid);
         self.events.publish(Event::Create(event));
-        self.watch(pod, id, "", &init);
+        let memory = self.watch_memory(pod.clone(), id);
+        self.watch(pod, id, "", &init, Some(memory));
         Ok(pid)
     }
 
@@ -232,13 +238,39 @@ impl<M: PodMaker + 'static> Service<M> {
         }
         process.step(Step::Started)?;
         if !exec.is_empty() {
-            self.watch(pod, id, exec, &process);
+            self.watch(pod, id, exec, &process, None);
         }
         Ok(pid)
     }
 
+    /// Tells of a container's OOM kills, in the background, until it ends.
+    fn watch_memory(&self, pod: Arc<M::Pod>, id: &str) -> JoinHandle<()> {
+        let events = self.events.clone();
+        let id = id.to_owned();
+        tokio::spawn(async move {
+            let mut seen = 0;
+            // Each answer costs the guest a kill, so that it can't make us spin.
+            while let Ok(kills) = pod.out_of_memory(&id, seen).await
+                && kills > seen
+            {
+                seen = kills;
+                let mut event = TaskOOM::new();
+                event.set_container_id(id.clone());
+                events.publish(Event::Oom(event));
+            }
+        })
+    }
+
     /// Awaits the end of a process in the background, records it, and says so.
-    fn watch(self: &Arc<Self>, pod: Arc<M::Pod>, id: &str, exec: &str, process: &Arc<Process>) {
+    /// What `before` has to say comes first.
+    fn watch(
+        self: &Arc<Self>,
+        pod: Arc<M::Pod>,
+        id: &str,
+        exec: &str,
+        process: &Arc<Process>,
+        before: Option<JoinHandle<()>>,
+    ) {
         let service = self.clone();
         let process = process.clone();
         let (id, exec) = (id.to_owned(), exec.to_owned());
@@ -250,6 +282,13 @@ impl<M: PodMaker + 'static> Service<M> {
                 && let Ok(task) = service.task(&id)
             {
                 execs_ended(&task).await;
+            }
+            if let Some(before) = before
+                && tokio::time::timeout(INIT_END_DEADLINE, before)
+                    .await
+                    .is_err()
+            {
+                tracing::warn!(id, "the guest does not say how its memory was");
             }
             service.publish_exit(&id, &exec, exit);
             process.record_exit(exit);
@@ -366,9 +405,41 @@ impl<M: PodMaker + 'static> Service<M> {
             .map(|process| {
                 let mut info = ProcessInfo::new();
                 info.set_pid(process.pid);
+                // The Go shim tells of execs, and of them only.
+                let exec = process.exec_id.filter(|exec| !exec.is_empty());
+                info.info = exec.map(|exec| process_details(&exec)).into();
                 info
             })
             .collect())
+    }
+
+    /// Changes a container's limits. `resources` is the specification's `LinuxResources` as JSON.
+    pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<(), PodError> {
+        self.running(id)?;
+        let resources: LinuxResources = serde_json::from_slice(resources).map_err(|error| {
+            PodError::new(
+                Code::INVALID_ARGUMENT,
+                format!("the resources for task {id:?}: {error}"),
+            )
+        })?;
+        self.pod()?.update(id, &resources).await
+    }
+
+    pub(crate) async fn stats(&self, id: &str) -> Result<Metrics, PodError> {
+        self.running(id)?;
+        Ok(metrics(&self.pod()?.stats(id).await?))
+    }
+
+    /// A task's cgroup is of use only while it has not ended.
+    fn running(&self, id: &str) -> Result<(), PodError> {
+        let task = self.task(id)?;
+        match task.init.state() {
+            State::Stopped | State::Deleting => Err(PodError::new(
+                Code::NOT_FOUND,
+                format!("task {id:?} has stopped"),
+            )),
+            _ => Ok(()),
+        }
     }
 
     pub(crate) async fn delete(&self, id: &str, exec: &str) -> Result<DeleteResponse, PodError> {
@@ -381,7 +452,7 @@ impl<M: PodMaker + 'static> Service<M> {
         } else if exec.is_empty() {
             // It waits for a start that will not come.
             let killed = pod.signal_process(id, exec, SIGKILL, true).await;
-            let ended = tokio::time::timeout(EXECS_END_DEADLINE, process.exited());
+            let ended = tokio::time::timeout(INIT_END_DEADLINE, process.exited());
             if killed.is_ok() && ended.await.is_err() {
                 tracing::warn!(id, "a container that was never started outlives SIGKILL");
             }
@@ -454,8 +525,27 @@ async fn execs_ended(task: &Task) {
             exec.exited().await;
         }
     };
-    if tokio::time::timeout(EXECS_END_DEADLINE, all).await.is_err() {
-        tracing::warn!("execs outlived their container's init by {EXECS_END_DEADLINE:?}");
+    if tokio::time::timeout(INIT_END_DEADLINE, all).await.is_err() {
+        tracing::warn!("execs outlived their container's init by {INIT_END_DEADLINE:?}");
+    }
+}
+
+/// `containerd.runc.v1.ProcessDetails`, whose one field is the exec id: what clients of the Go shim
+/// know. Its definition is not among those that the protocol's crate compiles.
+fn process_details(exec: &str) -> Any {
+    const EXEC_ID: u32 = 1;
+    let mut value = Vec::new();
+    let mut output = CodedOutputStream::vec(&mut value);
+    // Writing to memory does not fail.
+    let written = output
+        .write_string(EXEC_ID, exec)
+        .and_then(|()| output.flush());
+    drop(output);
+    debug_assert!(written.is_ok());
+    Any {
+        type_url: "containerd.runc.v1.ProcessDetails".to_owned(),
+        value,
+        ..Any::default()
     }
 }
 

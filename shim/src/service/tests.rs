@@ -14,6 +14,8 @@ use crate::stdio::Ends;
 #[derive(Default)]
 struct FakePod {
     exits: Mutex<HashMap<String, watch::Sender<Option<u32>>>>,
+    /// OOM kills that containers have had.
+    kills: Mutex<HashMap<String, u64>>,
 }
 
 impl FakePod {
@@ -90,7 +92,7 @@ impl Pod for FakePod {
     async fn processes(&self, _: &str) -> Result<Vec<GuestProcess>, PodError> {
         Ok(vec![GuestProcess {
             pid: 7,
-            exec_id: None,
+            exec_id: Some("e1".to_owned()),
         }])
     }
 
@@ -100,6 +102,22 @@ impl Pod for FakePod {
 
     async fn resume(&self, _: &str) -> Result<(), PodError> {
         Ok(())
+    }
+
+    async fn update(&self, _: &str, _: &LinuxResources) -> Result<(), PodError> {
+        Ok(())
+    }
+
+    async fn stats(&self, _: &str) -> Result<HashMap<String, String>, PodError> {
+        Ok([("pids.current".to_owned(), "2\n".to_owned())].into())
+    }
+
+    async fn out_of_memory(&self, container: &str, seen: u64) -> Result<u64, PodError> {
+        let kills = self.kills.lock().unwrap().get(container).copied();
+        match kills {
+            Some(kills) if kills > seen => Ok(seen + 1),
+            _ => Err(PodError::new(Code::NOT_FOUND, "the container has ended")),
+        }
     }
 
     async fn output_drained(&self, _: &str, _: &str) {}
@@ -122,7 +140,10 @@ impl PodMaker for FakeMaker {
     type Pod = FakePod;
 
     async fn make(&self, _: &NewContainer) -> Result<FakePod, PodError> {
-        Ok(FakePod::default())
+        Ok(FakePod {
+            kills: Mutex::new([("hungry".to_owned(), 2)].into()),
+            ..FakePod::default()
+        })
     }
 }
 
@@ -167,6 +188,7 @@ impl Fixture {
                 Event::Exit(exit) => format!("exit {} {}", exit.id(), exit.exit_status()),
                 Event::Paused(_) => "paused".to_owned(),
                 Event::Resumed(_) => "resumed".to_owned(),
+                Event::Oom(oom) => format!("oom {}", oom.container_id()),
                 Event::Delete(_) => "delete".to_owned(),
             });
         }
@@ -307,4 +329,51 @@ async fn shutdown_waits_for_the_last_task_unless_it_must_be_now() {
     assert!(!*service.ended.borrow());
     service.shutdown(true).await;
     service.ended().await;
+}
+
+#[tokio::test]
+async fn out_of_memory_is_told_before_the_exit_it_caused() {
+    let mut fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("hungry").await.unwrap();
+    service.start("hungry", "").await.unwrap();
+    service.kill("hungry", "", 9, false).await.unwrap();
+    service.wait("hungry", "").await.unwrap();
+
+    let events = fixture.published();
+    let ooms = events.iter().filter(|event| *event == "oom hungry").count();
+    assert_eq!(ooms, 2, "{events:?}");
+    assert_eq!(events.last().unwrap(), "exit hungry 9");
+}
+
+#[tokio::test]
+async fn processes_say_which_exec_they_are() {
+    let fixture = Fixture::new();
+    fixture.create("t1").await.unwrap();
+
+    let processes = fixture.service.pids("t1").await.unwrap();
+
+    assert_eq!(processes[0].pid(), 7);
+    assert_eq!(
+        processes[0].info().type_url,
+        "containerd.runc.v1.ProcessDetails"
+    );
+    assert_eq!(processes[0].info().value, b"\x0a\x02e1");
+}
+
+#[tokio::test]
+async fn figures_and_limits_are_of_running_tasks() {
+    let fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("t1").await.unwrap();
+    assert_eq!(service.stats("t1").await.unwrap().pids.current, 2);
+    let limits = br#"{"memory": {"limit": 1048576}}"#;
+    service.update("t1", limits).await.unwrap();
+    let nonsense = service.update("t1", b"{").await;
+    assert_eq!(code(nonsense), Code::INVALID_ARGUMENT);
+
+    service.kill("t1", "", 9, false).await.unwrap();
+    service.wait("t1", "").await.unwrap();
+    assert_eq!(code(service.stats("t1").await), Code::NOT_FOUND);
+    assert_eq!(code(service.update("t1", limits).await), Code::NOT_FOUND);
 }

@@ -93,8 +93,9 @@ impl Ctr {
     }
 
     /// `ctr run --detach`, with nobody to hear what the container says.
-    pub(crate) fn detach(&self, command: &[&str]) -> Result<()> {
+    pub(crate) fn detach(&self, flags: &[&str], command: &[&str]) -> Result<()> {
         let mut arguments = vec!["run", "--detach", "--null-io", "--runtime", &self.runtime];
+        arguments.extend(flags);
         arguments.extend([self.image, &self.id]);
         arguments.extend(command);
         self.ctr(&arguments)?.success()?;
@@ -154,7 +155,8 @@ impl Ctr {
         }
     }
 
-    fn spawn_ctr(&self, arguments: &[&str], input: bool) -> Result<Child> {
+    /// The same in the background.
+    pub(crate) fn spawn_ctr(&self, arguments: &[&str], input: bool) -> Result<Child> {
         Command::new("timeout")
             .arg("--kill-after=5")
             .arg(self.deadline_s.to_string())

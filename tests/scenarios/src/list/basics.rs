@@ -165,7 +165,7 @@ pub(super) fn terminal(ctr: &Ctr) -> Result<()> {
 
 pub(super) fn exec_kill_ps_rm(ctr: &Ctr) -> Result<()> {
     let id = ctr.id.as_str();
-    ctr.detach(&["sleep", "1000"])?;
+    ctr.detach(&[], &["sleep", "1000"])?;
     let exec = [
         "task",
         "exec",

@@ -52,7 +52,7 @@ const MOMENTS: [&str; 5] = [
 
 pub(super) fn shim_killed_while_running(ctr: &Ctr) -> Result<()> {
     let events = Events::listen()?;
-    ctr.detach(&["sleep", "1000"])?;
+    ctr.detach(&[], &["sleep", "1000"])?;
     Victim::Shim.kill(&ctr.id)?;
     events.until(&["/tasks/exit", &ctr.id])?;
     events.until(&["/tasks/delete", &ctr.id])?;
@@ -62,7 +62,7 @@ pub(super) fn shim_killed_while_running(ctr: &Ctr) -> Result<()> {
 
 pub(super) fn vmm_killed_while_running(ctr: &Ctr) -> Result<()> {
     let events = Events::listen()?;
-    ctr.detach(&["sleep", "1000"])?;
+    ctr.detach(&[], &["sleep", "1000"])?;
     Victim::Vmm.kill(&ctr.id)?;
     let exit = events.until(&["/tasks/exit", &ctr.id])?;
     ensure!(exit.contains("137"), "the exit event says {exit}");
@@ -73,7 +73,10 @@ pub(super) fn vmm_killed_while_running(ctr: &Ctr) -> Result<()> {
 
 /// A container lives on while containerd is away, and is the same one afterwards.
 pub(super) fn containerd_killed_while_running(ctr: &Ctr) -> Result<()> {
-    ctr.detach(&["sh", "-c", "echo still here > /here; exec sleep 1000"])?;
+    ctr.detach(
+        &[],
+        &["sh", "-c", "echo still here > /here; exec sleep 1000"],
+    )?;
     Victim::Containerd.kill(&ctr.id)?;
     host::start_containerd()?;
     let listed = ctr.ctr(&["task", "ls"])?.success()?;

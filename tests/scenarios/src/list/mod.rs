@@ -4,6 +4,7 @@ mod basics;
 mod embedded;
 mod faults;
 mod files;
+mod tasks;
 
 use anyhow::Result;
 
@@ -47,6 +48,9 @@ pub(crate) const ALL: &[Scenario] = &[
     both("environment", |ctr| basics::environment(ctr)),
     both("terminal", |ctr| basics::terminal(ctr)),
     both("exec_kill_ps_rm", |ctr| basics::exec_kill_ps_rm(ctr)),
+    both("figures_processes_and_pause", |ctr| {
+        tasks::figures_processes_and_pause(ctr)
+    }),
     both("ten_at_once", |ctr| basics::ten_at_once(ctr)),
     both("file_system", |ctr| files::file_system(ctr)),
     both("debian_work", files::debian_work),
