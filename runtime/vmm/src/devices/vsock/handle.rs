@@ -16,6 +16,8 @@ use rustix::time::{
     timerfd_settime,
 };
 
+use super::complaints::Complaints;
+
 /// How long a connection may take from the request to the guest's answer.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(25);
 
@@ -223,6 +225,7 @@ pub(super) struct Shared {
     poll: OwnedFd,
     pub(super) connections: AtomicU64,
     pub(super) open: AtomicU64,
+    pub(super) complaints: Complaints,
     mailbox: Mutex<Mailbox>,
 }
 
@@ -252,6 +255,7 @@ impl Shared {
             poll,
             connections: AtomicU64::new(0),
             open: AtomicU64::new(0),
+            complaints: Complaints::default(),
             mailbox: Mutex::default(),
         })
     }

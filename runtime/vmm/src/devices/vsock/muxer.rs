@@ -1,6 +1,7 @@
 //! All connections of the device: which packet and which readiness belongs to which.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 
-use super::complaints::Complaints;
 use super::connection::{Connection, Ends, Owner, Phase, Pumped, Reaction};
 use super::handle::{Connect, Descriptors, Refusal, Request, Shared, VsockEvent};
 use super::io::{Endpoint, Slice};
@@ -40,7 +40,6 @@ pub(super) struct Muxer {
     /// The stream for the agent until it comes for it.
     agent: Option<OwnedFd>,
     next_port: u32,
-    complaints: Complaints,
 }
 
 impl Muxer {
@@ -54,7 +53,6 @@ impl Muxer {
             deadlines: BTreeSet::new(),
             agent,
             next_port: LOCAL_PORT_FIRST,
-            complaints: Complaints::default(),
         }
     }
 
@@ -93,13 +91,14 @@ impl Muxer {
             Ok(Incoming { header, payload }) => (header, Some(payload)),
             Err(Malformed::Payload(header)) => (header, None),
             Err(Malformed::Header) => {
-                return self.complaints.note(format_args!("a packet has no header"));
+                self.complain(format_args!("a packet has no header"));
+                return;
             }
         };
         if header.src_cid != GUEST_CID {
             let cid = header.src_cid;
-            let complaint = format_args!("a packet claims to come from CID {cid}");
-            return self.complaints.note(complaint);
+            self.complain(format_args!("a packet claims to come from CID {cid}"));
+            return;
         }
         if header.dst_cid != HOST_CID || header.socket_type != TYPE_STREAM {
             return self.reset_unknown(&header);
@@ -251,8 +250,7 @@ impl Muxer {
         let ends = match self.adopt(Descriptors::Duplex(stream), AGENT_PORT) {
             Ok(ends) => ends,
             Err(why) => {
-                self.complaints
-                    .note(format_args!("the agent's stream: {why}"));
+                self.complain(format_args!("the agent's stream: {why}"));
                 return self.reset_unknown(header);
             }
         };
@@ -295,7 +293,7 @@ impl Muxer {
             Reaction::Violation => {
                 let reset = connection.header(Op::Reset, 0);
                 self.resets.push_back(reset);
-                self.complaints.note(format_args!(
+                self.complain(format_args!(
                     "port {port} broke the protocol of a connection"
                 ));
                 self.end(host_port, Refusal::Protocol { port }, now);
@@ -441,6 +439,10 @@ impl Muxer {
     fn count(&self) {
         let open = self.connections.len() as u64;
         self.shared.open.store(open, Ordering::Relaxed);
+    }
+
+    fn complain(&self, what: fmt::Arguments<'_>) {
+        self.shared.complaints.note(what);
     }
 
     fn refuse(&self, stream: u64, why: Refusal) {
