@@ -1,7 +1,12 @@
 //! The VMM's cgroup on the host. Only where the host has cgroup v2.
 
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use std::{fs, io};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Where cgroup v2 is mounted.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -11,6 +16,9 @@ const DEFAULT_PARENT: &str = "/sys/fs/cgroup/husk";
 
 /// How often the parent is made again that an ending sandbox removes at the same time.
 const CREATE_TRIES_MAX: u32 = 16;
+
+/// For processes that were killed to be gone.
+const EMPTY_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The place for a pod's VMM; none where the host has no cgroup v2.
 pub(crate) fn place(parent: Option<&Path>, namespace: &str, id: &str) -> Option<PathBuf> {
@@ -33,10 +41,16 @@ pub(crate) fn create(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes it, once nothing runs in it, and the default parent if that is empty. Nothing there is
-/// no error.
+/// Removes it, and the default parent if that is empty. Nothing there is no error. What still runs in
+/// it is killed: a VMM whose shim died before it wrote down whom it had started.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_dir(path) {
+    let removed = match fs::remove_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+            empty(path).and_then(|()| fs::remove_dir(path))
+        }
+        removed => removed,
+    };
+    match removed {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
@@ -46,6 +60,25 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
         let _ = fs::remove_dir(DEFAULT_PARENT);
     }
     Ok(())
+}
+
+/// Kills all that runs in it and waits for its end.
+fn empty(path: &Path) -> io::Result<()> {
+    fs::write(path.join("cgroup.kill"), "1")?;
+    let deadline = Instant::now() + EMPTY_DEADLINE;
+    let mut events = File::open(path.join("cgroup.events"))?;
+    loop {
+        let mut text = String::new();
+        events.rewind()?;
+        events.read_to_string(&mut text)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || !text.contains("populated 1") {
+            return Ok(());
+        }
+        // A change is an exceptional condition (cgroup v2, "populated").
+        let left = Timespec::try_from(left).map_err(io::Error::other)?;
+        poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&left))?;
+    }
 }
 
 #[cfg(test)]

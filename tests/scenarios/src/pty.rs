@@ -14,6 +14,12 @@ use rustix::termios::{Winsize, tcsetwinsize};
 /// For a text to appear that should come at once, in the testbed.
 const TEXT_DEADLINE: Duration = Duration::from_secs(60);
 
+/// For an answer to one resize, before another one is tried.
+const RESIZE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The heights that are tried: a size has to change to be told.
+const RESIZE_ROWS: std::ops::Range<u16> = 44..52;
+
 /// The user's side of a terminal.
 pub(crate) struct Terminal {
     user: OwnedFd,
@@ -54,6 +60,29 @@ impl Terminal {
         Ok(())
     }
 
+    /// Resizes until the program says what `answer` makes of the size. A client that looks at the
+    /// size before it listens for changes misses one in between.
+    pub(crate) fn resize_until(
+        &mut self,
+        columns: u16,
+        answer: fn(u16, u16) -> String,
+    ) -> Result<()> {
+        for rows in RESIZE_ROWS {
+            self.resize(rows, columns)?;
+            let deadline = Instant::now() + RESIZE_DEADLINE;
+            let text = answer(rows, columns);
+            while !self.seen.contains(&text) && self.wait(deadline)? {
+                if !self.read(deadline)? {
+                    bail!("it ended without {text:?}: {:?}", self.seen);
+                }
+            }
+            if self.seen.contains(&text) {
+                return Ok(());
+            }
+        }
+        bail!("it hears of no size; until then: {:?}", self.seen)
+    }
+
     /// Waits until the text is on the screen.
     pub(crate) fn until(&mut self, text: &str) -> Result<()> {
         let deadline = Instant::now() + TEXT_DEADLINE;
@@ -73,11 +102,16 @@ impl Terminal {
         Ok((status.code().unwrap_or(-1), std::mem::take(&mut self.seen)))
     }
 
-    /// Reads what there is; `false` at the end.
-    fn read(&mut self, deadline: Instant) -> Result<bool> {
+    /// Waits for something to read; `false` if nothing comes.
+    fn wait(&self, deadline: Instant) -> Result<bool> {
         let left = deadline.saturating_duration_since(Instant::now());
         let left = Timespec::try_from(left)?;
-        if poll(&mut [PollFd::new(&self.user, PollFlags::IN)], Some(&left))? == 0 {
+        Ok(poll(&mut [PollFd::new(&self.user, PollFlags::IN)], Some(&left))? > 0)
+    }
+
+    /// Reads what there is; `false` at the end.
+    fn read(&mut self, deadline: Instant) -> Result<bool> {
+        if !self.wait(deadline)? {
             bail!("nothing for {TEXT_DEADLINE:?}; until then: {:?}", self.seen);
         }
         let mut buffer = [0; 4096];

@@ -154,8 +154,7 @@ pub(super) fn terminal(ctr: &Ctr) -> Result<()> {
     terminal.until("the word is husk")?;
     terminal.until("33 77")?;
     terminal.until("ready")?;
-    terminal.resize(44, 88)?;
-    terminal.until("44 88")?;
+    terminal.resize_until(88, |rows, columns| format!("{rows} {columns}"))?;
     terminal.type_in("\x03")?;
     terminal.until("interrupted")?;
     let (status, seen) = terminal.end()?;
