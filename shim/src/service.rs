@@ -39,6 +39,9 @@ const SIGKILL: u32 = 9;
 /// How long init's exit waits for what ends with it: execs, and the watch over its memory.
 const INIT_END_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Most OOM events of one container: a guest can claim any number of kills.
+const OOM_EVENTS_MAX: u32 = 1024;
+
 impl From<Refused> for PodError {
     fn from(refused: Refused) -> Self {
         Self::new(Code::FAILED_PRECONDITION, refused)
@@ -249,15 +252,16 @@ impl<M: PodMaker + 'static> Service<M> {
         let id = id.to_owned();
         tokio::spawn(async move {
             let mut seen = 0;
-            // Each answer costs the guest a kill, so that it can't make us spin.
-            while let Ok(kills) = pod.out_of_memory(&id, seen).await
-                && kills > seen
-            {
-                seen = kills;
+            for _ in 0..OOM_EVENTS_MAX {
+                match pod.out_of_memory(&id, seen).await {
+                    Ok(kills) if kills > seen => seen = kills,
+                    _ => return,
+                }
                 let mut event = TaskOOM::new();
                 event.set_container_id(id.clone());
                 events.publish(Event::Oom(event));
             }
+            tracing::warn!(id, "no more of its OOM kills are told of");
         })
     }
 

@@ -141,7 +141,7 @@ impl PodMaker for FakeMaker {
 
     async fn make(&self, _: &NewContainer) -> Result<FakePod, PodError> {
         Ok(FakePod {
-            kills: Mutex::new([("hungry".to_owned(), 2)].into()),
+            kills: Mutex::new([("hungry".to_owned(), 2), ("liar".to_owned(), u64::MAX)].into()),
             ..FakePod::default()
         })
     }
@@ -344,6 +344,19 @@ async fn out_of_memory_is_told_before_the_exit_it_caused() {
     let ooms = events.iter().filter(|event| *event == "oom hungry").count();
     assert_eq!(ooms, 2, "{events:?}");
     assert_eq!(events.last().unwrap(), "exit hungry 9");
+}
+
+#[tokio::test]
+async fn guest_that_invents_oom_kills_is_heard_so_often_only() {
+    let mut fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("liar").await.unwrap();
+    service.kill("liar", "", 9, false).await.unwrap();
+    service.wait("liar", "").await.unwrap();
+
+    let events = fixture.published();
+    let ooms = events.iter().filter(|event| *event == "oom liar").count();
+    assert_eq!(ooms, OOM_EVENTS_MAX as usize);
 }
 
 #[tokio::test]
