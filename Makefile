@@ -59,8 +59,12 @@ check: deps ## Format, lints, docs, unit tests, dependency rules: no KVM needed
 	@tests/tools/check
 
 .PHONY: test
-test: check dist ## Everything: make check, then guests and containerd in the testbed
+test: check dist ## Everything: make check, then guests and containerd in the testbed; FULL=1 for hours of it
 	@tests/tools/test
+
+.PHONY: scenario-table
+scenario-table: ## Put the table of the last make test into the README
+	@tests/tools/scenario-table
 
 .PHONY: testbed-shell
 testbed-shell: dist ## A root prompt in the testbed, Husk installed

@@ -5,8 +5,13 @@
 //! and files of a runtime that are left fail the scenario.
 //!
 //! ```text
-//! husk-scenarios [--runtime NAME]... [--only WORD] [--skip WORD]...
+//! husk-scenarios [--tier core|whole|full] [--runtime NAME]... [--only WORD]... [--skip NAME]...
+//!                [--shard I/N] [--results FILE --version VERSION]
+//! husk-scenarios table FILE...
 //! ```
+//!
+//! `--only` takes a word of a scenario's name, `--shard` every Nth of what there is to run;
+//! `--results` appends what came of them to a file, from which `table` makes a table.
 #![forbid(unsafe_code)]
 
 mod ctr;
@@ -15,7 +20,11 @@ mod host;
 mod leftovers;
 mod list;
 mod pty;
+mod table;
 
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -23,6 +32,8 @@ use anyhow::{Context, Result, bail};
 
 use ctr::Ctr;
 use leftovers::Machine;
+use list::{Scenario, Tier};
+use table::{Line, Outcome};
 
 /// The runtimes every scenario runs against.
 const RUNTIMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.husk.v2"];
@@ -39,54 +50,181 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<bool> {
-    let mut runtimes = Vec::new();
-    let mut only = String::new();
-    let mut skipped = Vec::new();
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        let value = arguments
-            .next()
-            .with_context(|| format!("{argument} needs a value"))?;
-        match argument.as_str() {
-            "--runtime" => runtimes.push(value),
-            "--only" => only = value,
-            "--skip" => skipped.push(value),
-            _ => bail!("unknown argument {argument:?}"),
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    match arguments.split_first() {
+        Some((first, files)) if first == "table" => print_table(files),
+        _ => run_all(&Selection::parse(arguments)?),
+    }
+}
+
+/// What the command line asks for.
+struct Selection {
+    runtimes: Vec<String>,
+    tier: Tier,
+    /// Words of names; none: all.
+    only: Vec<String>,
+    skipped: Vec<String>,
+    /// Which part of how many.
+    shard: (usize, usize),
+    results: Option<PathBuf>,
+    /// What the results say of containerd.
+    version: String,
+}
+
+impl Selection {
+    fn parse(arguments: Vec<String>) -> Result<Self> {
+        let mut selection = Self {
+            runtimes: Vec::new(),
+            tier: Tier::Whole,
+            only: Vec::new(),
+            skipped: Vec::new(),
+            shard: (1, 1),
+            results: None,
+            version: String::new(),
+        };
+        let mut arguments = arguments.into_iter();
+        while let Some(argument) = arguments.next() {
+            let value = arguments
+                .next()
+                .with_context(|| format!("{argument} needs a value"))?;
+            match argument.as_str() {
+                "--runtime" => selection.runtimes.push(value),
+                "--only" => selection.only.push(value),
+                "--skip" => selection.skipped.push(value),
+                "--tier" => {
+                    selection.tier =
+                        Tier::named(&value).with_context(|| format!("no tier is {value:?}"))?;
+                }
+                "--shard" => {
+                    selection.shard =
+                        parse_shard(&value).with_context(|| format!("no shard is {value:?}"))?;
+                }
+                "--results" => selection.results = Some(value.into()),
+                "--version" => selection.version = value,
+                _ => bail!("unknown argument {argument:?}"),
+            }
         }
+        if selection.runtimes.is_empty() {
+            selection.runtimes.extend(RUNTIMES.map(str::to_owned));
+        }
+        Ok(selection)
     }
-    if runtimes.is_empty() {
-        runtimes.extend(RUNTIMES.map(str::to_owned));
+
+    /// What is to be run, in its order.
+    fn scenarios(&self) -> Vec<(&str, &'static Scenario)> {
+        let is_named = |name: &str| {
+            self.only.is_empty() || self.only.iter().any(|word| name.contains(word.as_str()))
+        };
+        let mut chosen = Vec::new();
+        for runtime in &self.runtimes {
+            for scenario in list::ALL {
+                let is_asked_for = is_named(scenario.name)
+                    && scenario.tier <= self.tier
+                    && !self.skipped.iter().any(|name| name == scenario.name);
+                if is_asked_for && (!scenario.is_husk_only || runtime.contains("husk")) {
+                    chosen.push((runtime.as_str(), scenario));
+                }
+            }
+        }
+        let (which, of) = self.shard;
+        chosen.into_iter().skip(which - 1).step_by(of).collect()
     }
+
+    fn record(&self, line: &Line) -> Result<()> {
+        let Some(path) = &self.results else {
+            return Ok(());
+        };
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(path)
+            .and_then(|mut file| file.write_all(line.write().as_bytes()))
+            .with_context(|| format!("cannot write {path:?}"))
+    }
+}
+
+/// `I/N`, with I from 1 to N.
+fn parse_shard(text: &str) -> Option<(usize, usize)> {
+    let (which, of) = text.split_once('/')?;
+    let (which, of) = (which.parse().ok()?, of.parse().ok()?);
+    (1..=of).contains(&which).then_some((which, of))
+}
+
+fn run_all(selection: &Selection) -> Result<bool> {
     let (mut passed, mut failed) = (0, 0);
-    for runtime in &runtimes {
-        for scenario in list::ALL {
-            let name = scenario.name;
-            let is_asked_for = name.contains(&only) && !skipped.iter().any(|word| name == word);
-            if !is_asked_for || (scenario.is_husk_only && !runtime.contains("husk")) {
-                continue;
+    for (runtime, scenario) in selection.scenarios() {
+        let name = scenario.name;
+        let began = Instant::now();
+        let before = Machine::look()?;
+        let mut ctr = Ctr::new(runtime, name);
+        let result = (scenario.run)(&mut ctr).and_then(|()| before.unchanged());
+        let took = began.elapsed().as_secs_f32();
+        let outcome = match result {
+            Ok(()) => {
+                passed += 1;
+                println!("ok      {runtime} {name} ({took:.1} s)");
+                Outcome::Passed
             }
-            let began = Instant::now();
-            let before = Machine::look()?;
-            let mut ctr = Ctr::new(runtime, name);
-            let result = (scenario.run)(&mut ctr).and_then(|()| before.unchanged());
-            let took = began.elapsed().as_secs_f32();
-            match result {
-                Ok(()) => {
-                    passed += 1;
-                    println!("ok      {runtime} {name} ({took:.1} s)");
+            Err(error) => {
+                failed += 1;
+                println!("FAILED  {runtime} {name} ({took:.1} s): {error:#}");
+                println!("        containerd's log, where it is more than chat:");
+                for line in host::last_warnings() {
+                    println!("        {line}");
                 }
-                Err(error) => {
-                    failed += 1;
-                    println!("FAILED  {runtime} {name} ({took:.1} s): {error:#}");
-                    println!("        containerd's log, where it is more than chat:");
-                    for line in host::last_warnings() {
-                        println!("        {line}");
-                    }
-                    ctr.bury();
-                }
+                ctr.bury();
+                Outcome::Failed
             }
-        }
+        };
+        selection.record(&Line {
+            version: selection.version.clone(),
+            runtime: runtime.to_owned(),
+            scenario: name.to_owned(),
+            outcome,
+            seconds: took,
+        })?;
     }
     println!("{passed} passed, {failed} failed");
     Ok(failed == 0 && passed > 0)
+}
+
+fn print_table(files: &[String]) -> Result<bool> {
+    let mut texts = Vec::new();
+    for file in files {
+        texts.push(fs::read_to_string(file).with_context(|| format!("cannot read {file:?}"))?);
+    }
+    let lines = table::parse(texts.iter().map(String::as_str))?;
+    print!("{}", table::markdown(&lines));
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shard_that_is_none_is_refused() {
+        for text in ["", "1", "0/2", "3/2", "a/2", "1/"] {
+            assert_eq!(parse_shard(text), None, "{text:?}");
+        }
+        assert_eq!(parse_shard("2/3"), Some((2, 3)));
+    }
+
+    #[test]
+    fn shards_together_are_the_whole() {
+        let chosen = |shard: &str| {
+            let arguments = ["--shard", shard].map(str::to_owned).to_vec();
+            let selection = Selection::parse(arguments).unwrap();
+            let scenarios = selection.scenarios();
+            scenarios
+                .iter()
+                .map(|(runtime, scenario)| format!("{runtime} {}", scenario.name))
+                .collect::<Vec<_>>()
+        };
+        let mut parts = [chosen("1/2"), chosen("2/2")].concat();
+        let mut whole = chosen("1/1");
+        parts.sort();
+        whole.sort();
+        assert_eq!(parts, whole);
+    }
 }

@@ -16,6 +16,43 @@ pub(crate) struct Scenario {
     pub(crate) run: fn(&mut Ctr) -> Result<()>,
     /// About a part that other runtimes don't have.
     pub(crate) is_husk_only: bool,
+    /// When it runs.
+    pub(crate) tier: Tier,
+}
+
+/// How often a scenario is worth its time. A run of one tier has those before it as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Tier {
+    /// Differs with containerd: on each version, every time.
+    Core,
+    /// On one version of containerd, every time.
+    Whole,
+    /// Takes so long that it has to be asked for.
+    Full,
+}
+
+impl Tier {
+    /// The tier that the command line calls so.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        match name {
+            "core" => Some(Self::Core),
+            "whole" => Some(Self::Whole),
+            "full" => Some(Self::Full),
+            _ => None,
+        }
+    }
+}
+
+impl Scenario {
+    const fn core(mut self) -> Self {
+        self.tier = Tier::Core;
+        self
+    }
+
+    const fn full(mut self) -> Self {
+        self.tier = Tier::Full;
+        self
+    }
 }
 
 const fn both(name: &'static str, run: fn(&mut Ctr) -> Result<()>) -> Scenario {
@@ -23,48 +60,52 @@ const fn both(name: &'static str, run: fn(&mut Ctr) -> Result<()>) -> Scenario {
         name,
         run,
         is_husk_only: false,
+        tier: Tier::Whole,
     }
 }
 
 const fn husk(name: &'static str, run: fn(&mut Ctr) -> Result<()>) -> Scenario {
     Scenario {
-        name,
-        run,
         is_husk_only: true,
+        ..both(name, run)
     }
 }
 
 /// All of them, in the order they run.
 pub(crate) const ALL: &[Scenario] = &[
-    both("own_kernel", |ctr| basics::own_kernel(ctr)),
-    both("exit_status", |ctr| basics::exit_status(ctr)),
-    both("signal_status", |ctr| basics::signal_status(ctr)),
-    both("missing_command", |ctr| basics::missing_command(ctr)),
+    both("own_kernel", |ctr| basics::own_kernel(ctr)).core(),
+    both("exit_status", |ctr| basics::exit_status(ctr)).core(),
+    both("signal_status", |ctr| basics::signal_status(ctr)).core(),
+    both("missing_command", |ctr| basics::missing_command(ctr)).core(),
     both("missing_image", |ctr| basics::missing_image(ctr)),
-    both("bad_user", |ctr| basics::bad_user(ctr)),
-    both("streams_apart", |ctr| basics::streams_apart(ctr)),
-    both("stdin_to_its_end", |ctr| basics::stdin_to_its_end(ctr)),
+    both("bad_user", |ctr| basics::bad_user(ctr)).core(),
+    both("streams_apart", |ctr| basics::streams_apart(ctr)).core(),
+    both("stdin_to_its_end", |ctr| basics::stdin_to_its_end(ctr)).core(),
     both("much_output", |ctr| basics::much_output(ctr)),
-    both("environment", |ctr| basics::environment(ctr)),
-    both("terminal", |ctr| basics::terminal(ctr)),
-    both("exec_kill_ps_rm", |ctr| basics::exec_kill_ps_rm(ctr)),
+    both("environment", |ctr| basics::environment(ctr)).core(),
+    both("terminal", |ctr| basics::terminal(ctr)).core(),
+    both("exec_kill_ps_rm", |ctr| basics::exec_kill_ps_rm(ctr)).core(),
     both("figures_processes_and_pause", |ctr| {
         tasks::figures_processes_and_pause(ctr)
-    }),
-    both("ten_at_once", |ctr| basics::ten_at_once(ctr)),
+    })
+    .core(),
+    both("ten_at_once", |ctr| basics::ten_at_once(ctr)).core(),
     both("file_system", |ctr| files::file_system(ctr)),
     both("debian_work", files::debian_work),
     both("debian_tree", files::debian_tree),
-    both("debian_big_tree", files::debian_big_tree),
+    both("debian_big_tree", files::debian_big_tree).full(),
     both("shim_killed_while_running", |ctr| {
         faults::shim_killed_while_running(ctr)
-    }),
+    })
+    .core(),
     both("containerd_killed_while_running", |ctr| {
         faults::containerd_killed_while_running(ctr)
-    }),
+    })
+    .core(),
     husk("vmm_killed_while_running", |ctr| {
         faults::vmm_killed_while_running(ctr)
-    }),
+    })
+    .core(),
     husk("missing_guest_image", |ctr| {
         faults::missing_guest_image(ctr)
     }),
@@ -76,7 +117,8 @@ pub(crate) const ALL: &[Scenario] = &[
     }),
     husk("containerd_killed_while_starting", |ctr| {
         faults::containerd_killed_while_starting(ctr)
-    }),
+    })
+    .core(),
     husk("without_containerd", |ctr| {
         embedded::without_containerd(ctr)
     }),
