@@ -46,13 +46,13 @@ pub fn compile(rules: &[DeviceRule]) -> Result<Vec<EbpfInstruction>, RuleError> 
         op(LOAD_WORD, MAJOR, CONTEXT, 4, 0),
         op(LOAD_WORD, MINOR, CONTEXT, 8, 0),
     ];
-    for (major, minor) in ALWAYS {
+    for (kind, major, minor, access) in ALWAYS {
         let rule = DeviceRule {
             allow: true,
-            kind: Some("c".into()),
-            major: Some(major),
+            kind: Some(kind.into()),
+            major,
             minor,
-            access: Some("rwm".into()),
+            access: Some(access.into()),
         };
         program.extend(compile_rule(&rule)?);
     }
@@ -75,17 +75,20 @@ pub fn attach(path: &Path, program: &[EbpfInstruction]) -> io::Result<()> {
     cgroup::attach_to(path, sys::load_device_program(program)?)
 }
 
-/// null, zero, full, random, urandom, tty, console, ptmx, and pseudo terminals.
-const ALWAYS: [(i64, Option<i64>); 9] = [
-    (1, Some(3)),
-    (1, Some(5)),
-    (1, Some(7)),
-    (1, Some(8)),
-    (1, Some(9)),
-    (5, Some(0)),
-    (5, Some(1)),
-    (5, Some(2)),
-    (136, None),
+/// As runc has it: a node may be made for every device, which is not to say that it may be opened;
+/// and null, zero, full, random, urandom, tty, console, ptmx, and pseudo terminals may be.
+const ALWAYS: [(&str, Option<i64>, Option<i64>, &str); 11] = [
+    ("c", None, None, "m"),
+    ("b", None, None, "m"),
+    ("c", Some(1), Some(3), "rwm"),
+    ("c", Some(1), Some(5), "rwm"),
+    ("c", Some(1), Some(7), "rwm"),
+    ("c", Some(1), Some(8), "rwm"),
+    ("c", Some(1), Some(9), "rwm"),
+    ("c", Some(5), Some(0), "rwm"),
+    ("c", Some(5), Some(1), "rwm"),
+    ("c", Some(5), Some(2), "rwm"),
+    ("c", Some(136), None, "rwm"),
 ];
 
 fn compile_rule(rule: &DeviceRule) -> Result<Vec<EbpfInstruction>, RuleError> {
@@ -243,6 +246,16 @@ mod tests {
         assert!(is_allowed(&program, CHAR, READ | WRITE, [1, 3]));
         assert!(is_allowed(&program, CHAR, READ, [136, 9]));
         assert!(!is_allowed(&program, BPF_DEVCG_DEV_BLOCK, READ, [1, 3]));
+    }
+
+    #[test]
+    fn node_may_be_made_for_every_device() {
+        let program = rules(r#"[{"allow":false,"access":"rwm"}]"#).unwrap();
+        for kind in [CHAR, BPF_DEVCG_DEV_BLOCK] {
+            assert!(is_allowed(&program, kind, BPF_DEVCG_ACC_MKNOD, [10, 232]));
+            let both = BPF_DEVCG_ACC_MKNOD | READ;
+            assert!(!is_allowed(&program, kind, both, [10, 232]));
+        }
     }
 
     #[test]
