@@ -353,8 +353,8 @@ pub struct Seccomp {
     pub default_errno_ret: Option<u32>,
     /// Names like `SCMP_ARCH_X86_64`.
     pub architectures: Vec<String>,
-    /// Names like `SECCOMP_FILTER_FLAG_LOG`.
-    pub flags: Vec<String>,
+    /// Names like `SECCOMP_FILTER_FLAG_LOG`; absent is not the same as none.
+    pub flags: Option<Vec<String>>,
     /// The rules.
     pub syscalls: Vec<SeccompRule>,
 }

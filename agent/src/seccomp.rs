@@ -7,7 +7,8 @@
 //!
 //! As in libseccomp: a rule without conditions on a call makes its conditional rules pointless, an
 //! architecture that the profile does not list is killed, and names that this kernel does not have
-//! are passed over.
+//! are passed over. As in runc: a call that is newer than all that the profile names does not exist
+//! (ENOSYS) where the profile would forbid it, so that programs fall back on an older one.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -34,6 +35,9 @@ pub enum CompileError {
     /// A flag's name.
     #[error("the flag {0:?} is not known")]
     UnknownFlag(String),
+    /// SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV.
+    #[error("the flag {0:?} is for a listener, which a guest can't have")]
+    ListenerFlag(String),
     /// An argument beyond the sixth.
     #[error("system calls have no argument {0}")]
     NoSuchArgument(u32),
@@ -56,8 +60,9 @@ impl Filter {
     /// Compiles a profile.
     pub fn compile(profile: &Seccomp) -> Result<Filter, CompileError> {
         let default = action(&profile.default_action, profile.default_errno_ret)?;
-        let flags = flags(&profile.flags)?;
+        let flags = flags(profile.flags.as_deref())?;
         let architectures = Architectures::parse(&profile.architectures)?;
+        check_rules(profile)?;
         let mut program = vec![load(ARCHITECTURE_OFFSET)];
         if architectures.is_x86_listed {
             let section = section(profile, &X86, default, &[])?;
@@ -69,7 +74,7 @@ impl Filter {
             ret(libc::SECCOMP_RET_KILL_PROCESS),
         ]);
         let x32 = if architectures.is_x32_listed {
-            libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()
+            NO_SUCH_CALL
         } else {
             libc::SECCOMP_RET_KILL_PROCESS
         };
@@ -94,6 +99,9 @@ impl Filter {
 /// linux/audit.h.
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 const AUDIT_ARCH_I386: u32 = 0x4000_0003;
+
+/// What a kernel says of a call that it does not have.
+const NO_SUCH_CALL: u32 = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs();
 
 /// Set in the number of a call by the x32 ABI, which the guest's kernel does not have.
 const X32_SYSCALL_BIT: u32 = 0x4000_0000;
@@ -127,6 +135,17 @@ impl Architectures {
         }
         Ok(listed)
     }
+}
+
+/// Refuses what is wrong in rules of calls that this kernel does not have as well.
+fn check_rules(profile: &Seccomp) -> Result<(), CompileError> {
+    for rule in &profile.syscalls {
+        action(&rule.action, rule.errno_ret)?;
+        for arg in &rule.args {
+            comparison(arg, 0)?;
+        }
+    }
+    Ok(())
 }
 
 /// What happens to one system call.
@@ -172,6 +191,11 @@ fn section(
         }
     }
     let mut program = vec![load(NUMBER_OFFSET)];
+    if let Some((&last, _)) = rules.last_key_value()
+        && !is_permissive(default)
+    {
+        program.extend([jump(JGT, last, 0, 1), ret(NO_SUCH_CALL)]);
+    }
     program.extend_from_slice(prologue);
     for (number, rules) in rules {
         let outcome = rules.always.unwrap_or(default);
@@ -192,6 +216,16 @@ fn section(
     }
     program.push(ret(default));
     Ok(program)
+}
+
+/// Whether a call may go through by that outcome. A tracer may let it.
+fn is_permissive(outcome: u32) -> bool {
+    [
+        libc::SECCOMP_RET_ALLOW,
+        libc::SECCOMP_RET_LOG,
+        libc::SECCOMP_RET_TRACE,
+    ]
+    .contains(&(outcome & libc::SECCOMP_RET_ACTION_FULL))
 }
 
 fn has_repeated_index(args: &[SeccompArg]) -> bool {
@@ -318,7 +352,11 @@ fn action(name: &str, errno: Option<u32>) -> Result<u32, CompileError> {
     })
 }
 
-fn flags(names: &[String]) -> Result<u64, CompileError> {
+fn flags(names: Option<&[String]>) -> Result<u64, CompileError> {
+    let Some(names) = names else {
+        // As runc: without it, every filter would switch a costly mitigation on.
+        return Ok(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW);
+    };
     let mut flags = 0;
     for name in names {
         flags |= match name.as_str() {
@@ -326,6 +364,9 @@ fn flags(names: &[String]) -> Result<u64, CompileError> {
             "SECCOMP_FILTER_FLAG_SPEC_ALLOW" => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
             // One thread: there is none to synchronise with.
             "SECCOMP_FILTER_FLAG_TSYNC" => 0,
+            "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV" => {
+                return Err(CompileError::ListenerFlag(name.clone()));
+            }
             _ => return Err(CompileError::UnknownFlag(name.clone())),
         };
     }

@@ -70,6 +70,38 @@ fn what_is_not_known_is_refused() {
         compile(r#"{"defaultAction":"SCMP_ACT_ALLOW","flags":["UP"]}"#).unwrap_err(),
         CompileError::UnknownFlag("UP".into())
     );
+    let flag = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
+    assert_eq!(
+        compile(&format!(
+            r#"{{"defaultAction":"SCMP_ACT_ALLOW","flags":["{flag}"]}}"#
+        ))
+        .unwrap_err(),
+        CompileError::ListenerFlag(flag.into())
+    );
+}
+
+#[test]
+fn rule_is_checked_even_if_its_call_does_not_exist() {
+    let rule = |rule: &str| {
+        let text = format!(r#"{{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{rule}]}}"#);
+        compile(&text).unwrap_err()
+    };
+    assert_eq!(
+        rule(r#"{"names":["fly"],"action":"SCMP_ACT_MAYBE"}"#),
+        CompileError::UnknownAction("SCMP_ACT_MAYBE".into())
+    );
+    assert_eq!(
+        rule(
+            r#"{"names":["fly"],"action":"SCMP_ACT_ALLOW","args":[{"index":0,"value":0,"op":"IS"}]}"#
+        ),
+        CompileError::UnknownComparison("IS".into())
+    );
+    assert_eq!(
+        rule(
+            r#"{"names":[],"action":"SCMP_ACT_ALLOW","args":[{"index":9,"value":0,"op":"SCMP_CMP_EQ"}]}"#
+        ),
+        CompileError::NoSuchArgument(9)
+    );
 }
 
 #[test]
@@ -102,6 +134,7 @@ fn listed_x86_has_numbers_of_its_own() {
     assert_eq!(outcome(&filter, AUDIT_ARCH_I386, 1, [0; 6]), ALLOW);
     assert_eq!(native(&filter, "write", [0; 6]), errno(38));
     assert_eq!(native(&filter, "read", [0; 6]), ALLOW);
+    assert_eq!(native(&filter, "clone3", [0; 6]), errno(38));
     let x32 = outcome(&filter, AUDIT_ARCH_X86_64, X32_SYSCALL_BIT, [0; 6]);
     assert_eq!(x32, errno(libc::ENOSYS));
 }
@@ -202,6 +235,76 @@ fn rules_behind_a_failed_condition_are_tried() {
         errno(libc::EPERM)
     );
     assert_eq!(native(&filter, "write", [0; 6]), ALLOW);
+}
+
+/// What a profile whose newest call is `exit_group` makes of calls before and after it.
+fn older_and_newer(default: &str) -> [u32; 2] {
+    let text = format!(
+        r#"{{"defaultAction":"{default}",
+        "syscalls":[{{"names":["read","exit_group","fly"],"action":"SCMP_ACT_ALLOW"}}]}}"#
+    );
+    let filter = compile(&text).unwrap();
+    ["write", "clone3"].map(|name| native(&filter, name, [0; 6]))
+}
+
+#[test]
+fn call_newer_than_the_profile_does_not_exist() {
+    let enosys = errno(libc::ENOSYS);
+    assert_eq!(
+        older_and_newer("SCMP_ACT_ERRNO"),
+        [errno(libc::EPERM), enosys]
+    );
+    assert_eq!(older_and_newer("SCMP_ACT_KILL_PROCESS"), [KILL, enosys]);
+    assert_eq!(
+        older_and_newer("SCMP_ACT_TRAP"),
+        [libc::SECCOMP_RET_TRAP, enosys]
+    );
+}
+
+#[test]
+fn permissive_profile_lets_newer_calls_through() {
+    let trace = libc::SECCOMP_RET_TRACE | libc::EPERM.unsigned_abs();
+    assert_eq!(older_and_newer("SCMP_ACT_ALLOW"), [ALLOW; 2]);
+    assert_eq!(older_and_newer("SCMP_ACT_LOG"), [libc::SECCOMP_RET_LOG; 2]);
+    assert_eq!(older_and_newer("SCMP_ACT_TRACE"), [trace; 2]);
+}
+
+#[test]
+fn every_action_has_its_outcome() {
+    for (name, outcome) in [
+        ("SCMP_ACT_KILL", libc::SECCOMP_RET_KILL_THREAD),
+        ("SCMP_ACT_KILL_THREAD", libc::SECCOMP_RET_KILL_THREAD),
+        ("SCMP_ACT_KILL_PROCESS", KILL),
+        ("SCMP_ACT_TRAP", libc::SECCOMP_RET_TRAP),
+        ("SCMP_ACT_ERRNO", errno(7)),
+        ("SCMP_ACT_TRACE", libc::SECCOMP_RET_TRACE | 7),
+        ("SCMP_ACT_LOG", libc::SECCOMP_RET_LOG),
+        ("SCMP_ACT_ALLOW", ALLOW),
+    ] {
+        let text = format!(
+            r#"{{"defaultAction":"SCMP_ACT_ERRNO",
+            "syscalls":[{{"names":["read"],"action":"{name}","errnoRet":7}}]}}"#
+        );
+        assert_eq!(
+            native(&compile(&text).unwrap(), "read", [0; 6]),
+            outcome,
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn absent_flags_are_not_the_empty_list() {
+    let flags = |flags: &str| {
+        let text = format!(r#"{{"defaultAction":"SCMP_ACT_ALLOW"{flags}}}"#);
+        compile(&text).unwrap().flags
+    };
+    assert_eq!(flags(""), libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW);
+    assert_eq!(flags(r#","flags":[]"#), 0);
+    assert_eq!(
+        flags(r#","flags":["SECCOMP_FILTER_FLAG_LOG"]"#),
+        libc::SECCOMP_FILTER_FLAG_LOG
+    );
 }
 
 #[test]
