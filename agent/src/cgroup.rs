@@ -1,8 +1,10 @@
 //! A container's cgroup (version 2): limits, figures, freezing, killing.
 
+mod limits;
+
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{self, ErrorKind};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,8 +12,9 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags};
 use tokio::io::Interest;
 
+use self::limits::Setting;
 use crate::devices;
-use crate::oci::{BlockIo, Cpu, Memory, Resources, Throttle};
+use crate::oci::{Memory, Resources};
 
 /// How long a cgroup may take to freeze, thaw or become empty.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(10);
@@ -41,7 +44,7 @@ pub enum CgroupError {
         /// Why.
         source: io::Error,
     },
-    /// A limit is refused by the kernel.
+    /// The kernel does not do what a file is for.
     #[error("cannot set {file} to {value:?}")]
     Write {
         /// Which file.
@@ -60,8 +63,30 @@ pub enum CgroupError {
         source: io::Error,
     },
     /// A limit that is none.
-    #[error("linux.resources: {0}")]
+    #[error("linux.resources.{0}")]
     Invalid(String),
+    /// A limit that the kernel refuses.
+    #[error("{part}: cannot set {file} to {value:?}{hint}")]
+    Limit {
+        /// The part of the spec that asks for it.
+        part: String,
+        /// Which file.
+        file: String,
+        /// To what.
+        value: String,
+        /// What the guest has instead, where that is known.
+        hint: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A limit that is asked to be refused where it is below what is in use.
+    #[error("linux.resources.memory: the limit {limit} is below the {usage} bytes in use")]
+    BelowUsage {
+        /// The limit.
+        limit: i64,
+        /// What is in use.
+        usage: u64,
+    },
     /// The device filter can't be set.
     #[error("cannot set the device filter")]
     Devices(#[source] io::Error),
@@ -103,17 +128,73 @@ impl Cgroup {
         &self.path
     }
 
-    /// Sets limits; those that are absent stay as they are.
+    /// Sets limits; those that are absent stay as they are. When one of them is refused, those before
+    /// it are taken back.
+    ///
+    /// The kernel makes room for a lower limit of memory before it returns.
     pub fn apply(&self, resources: &Resources) -> Result<(), CgroupError> {
-        for (file, value) in settings(resources)? {
-            match self.write(&file, &value) {
-                // A guest without swap has no limit of it, and needs none.
+        if let Some(memory) = &resources.memory {
+            self.check_usage(memory)?;
+        }
+        let cpu_max = fs::read_to_string(self.path.join("cpu.max")).unwrap_or_default();
+        let mut former = Vec::new();
+        for setting in limits::settings(resources, &cpu_max)? {
+            let before = fs::read(self.path.join(&setting.file)).unwrap_or_default();
+            match self.write(&setting.file, &setting.value) {
+                Ok(()) => former.push((setting.file, before)),
                 Err(CgroupError::Write { source, .. })
-                    if file == "memory.swap.max" && source.kind() == ErrorKind::NotFound => {}
-                other => other?,
+                    if setting.is_moot_without_file && source.kind() == ErrorKind::NotFound => {}
+                Err(CgroupError::Write { source, .. }) => {
+                    for (file, before) in former.into_iter().rev() {
+                        // Better than half of a request is what can be had of none of it. Files
+                        // with a line for each device take no two lines at once.
+                        let _ = self.overwrite(&file, &before);
+                    }
+                    return Err(self.refused(setting, source));
+                }
+                Err(other) => return Err(other),
             }
         }
         Ok(())
+    }
+
+    /// checkBeforeUpdate: rather an error than a kill.
+    fn check_usage(&self, memory: &Memory) -> Result<(), CgroupError> {
+        let Some(limit) = memory.limit.filter(|&limit| limit > 0) else {
+            return Ok(());
+        };
+        let usage = fs::read_to_string(self.path.join("memory.current")).unwrap_or_default();
+        let usage = usage.trim_end().parse().unwrap_or(0);
+        if memory.check_before_update && limit.unsigned_abs() < usage {
+            return Err(CgroupError::BelowUsage { limit, usage });
+        }
+        Ok(())
+    }
+
+    /// Says what the guest has instead of what was asked for.
+    fn refused(&self, setting: Setting, source: io::Error) -> CgroupError {
+        let controller = setting.file.split('.').next().unwrap_or_default();
+        let hint = match controller {
+            "cpuset" => {
+                let parent = self.path.parent().unwrap_or(&self.path);
+                let all = parent.join(format!("{}.effective", setting.file));
+                let all = fs::read_to_string(all).unwrap_or_default();
+                format!("; the guest has {}", all.trim_end())
+            }
+            "io" => "; the guest has no such block device".to_owned(),
+            "rdma" => "; the guest has no such device".to_owned(),
+            "hugetlb" if source.kind() == ErrorKind::NotFound => {
+                "; the guest has no pages of that size".to_owned()
+            }
+            _ => String::new(),
+        };
+        CgroupError::Limit {
+            part: setting.part,
+            file: setting.file,
+            value: setting.value,
+            hint,
+            source,
+        }
     }
 
     /// Confines the use of devices to what the rules allow.
@@ -267,11 +348,18 @@ impl Cgroup {
     }
 
     fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
-        fs::write(self.path.join(file), value).map_err(|source| CgroupError::Write {
-            file: file.to_owned(),
-            value: value.to_owned(),
-            source,
-        })
+        self.overwrite(file, value.as_bytes())
+            .map_err(|source| CgroupError::Write {
+                file: file.to_owned(),
+                value: value.to_owned(),
+                source,
+            })
+    }
+
+    /// Without making the file: the kernel's answer to that is a permission denied.
+    fn overwrite(&self, file: &str, value: &[u8]) -> io::Result<()> {
+        let mut file = OpenOptions::new().write(true).open(self.path.join(file))?;
+        file.write_all(value)
     }
 
     /// Its directory, opened.
@@ -328,138 +416,6 @@ const FIGURES: [&str; 20] = [
     "pids.max",
 ];
 
-type Settings = Vec<(String, String)>;
-
-/// The files and values that resources come down to.
-fn settings(resources: &Resources) -> Result<Settings, CgroupError> {
-    let mut all = Settings::new();
-    if let Some(cpu) = &resources.cpu {
-        cpu_settings(cpu, &mut all);
-    }
-    if let Some(memory) = &resources.memory {
-        memory_settings(memory, &mut all)?;
-    }
-    if let Some(pids) = &resources.pids {
-        let limit = u64::try_from(pids.limit).ok().filter(|&limit| limit > 0);
-        push(
-            &mut all,
-            "pids.max",
-            limit.map_or_else(|| "max".to_owned(), |limit| limit.to_string()),
-        );
-    }
-    if let Some(io) = &resources.block_io {
-        io_settings(io, &mut all);
-    }
-    for limit in &resources.hugepage_limits {
-        push(
-            &mut all,
-            &format!("hugetlb.{}.max", limit.page_size),
-            limit.limit.to_string(),
-        );
-    }
-    for (file, value) in &resources.unified {
-        if file.contains('/') || file.starts_with('.') {
-            return Err(CgroupError::Invalid(format!(
-                "unified: {file:?} is not a file of a cgroup"
-            )));
-        }
-        push(&mut all, file, value.clone());
-    }
-    Ok(all)
-}
-
-fn push(all: &mut Settings, file: &str, value: String) {
-    all.push((file.to_owned(), value));
-}
-
-fn cpu_settings(cpu: &Cpu, all: &mut Settings) {
-    if let Some(idle) = cpu.idle {
-        push(all, "cpu.idle", idle.to_string());
-    }
-    if let Some(shares) = cpu.shares.filter(|&shares| shares != 0) {
-        push(all, "cpu.weight", weight_of_shares(shares).to_string());
-    }
-    if cpu.quota.is_some() || cpu.period.is_some() {
-        let quota = cpu
-            .quota
-            .and_then(|quota| u64::try_from(quota).ok())
-            .filter(|&quota| quota > 0);
-        let quota = quota.map_or_else(|| "max".to_owned(), |quota| quota.to_string());
-        let value = match cpu.period.filter(|&period| period != 0) {
-            Some(period) => format!("{quota} {period}"),
-            None => quota,
-        };
-        push(all, "cpu.max", value);
-    }
-    if let Some(burst) = cpu.burst {
-        push(all, "cpu.max.burst", burst.to_string());
-    }
-    if !cpu.cpus.is_empty() {
-        push(all, "cpuset.cpus", cpu.cpus.clone());
-    }
-    if !cpu.mems.is_empty() {
-        push(all, "cpuset.mems", cpu.mems.clone());
-    }
-}
-
-/// Shares of cgroup v1 (2 to 262144) on the scale of v2 (1 to 10000), the way that other runtimes
-/// map the one onto the other.
-fn weight_of_shares(shares: u64) -> u64 {
-    const SHARES_MIN: u64 = 2;
-    const SHARES_MAX: u64 = 262_144;
-    1 + (shares.clamp(SHARES_MIN, SHARES_MAX) - SHARES_MIN) * 9_999 / (SHARES_MAX - SHARES_MIN)
-}
-
-fn memory_settings(memory: &Memory, all: &mut Settings) -> Result<(), CgroupError> {
-    let text = |value: i64| match value {
-        -1 => Ok("max".to_owned()),
-        value if value >= 0 => Ok(value.to_string()),
-        value => Err(CgroupError::Invalid(format!(
-            "memory: {value} is not a limit"
-        ))),
-    };
-    // What runc takes 0 for: not set.
-    let set = |value: Option<i64>| value.filter(|&value| value != 0);
-    if let Some(swap) = set(memory.swap) {
-        let swap_alone = match (swap, set(memory.limit)) {
-            (-1, _) => -1,
-            (swap, Some(limit)) if limit >= 0 && swap >= limit => swap - limit,
-            _ => {
-                return Err(CgroupError::Invalid(format!(
-                    "memory: swap {swap} holds memory and swap together, so it needs a limit not \
-                     above it"
-                )));
-            }
-        };
-        push(all, "memory.swap.max", text(swap_alone)?);
-    }
-    if let Some(reservation) = set(memory.reservation) {
-        push(all, "memory.low", text(reservation)?);
-    }
-    if let Some(limit) = set(memory.limit) {
-        push(all, "memory.max", text(limit)?);
-    }
-    Ok(())
-}
-
-fn io_settings(io: &BlockIo, all: &mut Settings) {
-    if let Some(weight) = io.weight.filter(|&weight| weight != 0) {
-        // 10 to 1000 onto 1 to 10000.
-        let weight = 1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9_999 / 990;
-        push(all, "io.weight", weight.to_string());
-    }
-    let mut throttle = |list: &[Throttle], key: &str| {
-        for limit in list {
-            let value = format!("{}:{} {key}={}", limit.major, limit.minor, limit.rate);
-            push(all, "io.max", value);
-        }
-    };
-    throttle(&io.throttle_read_bps_device, "rbps");
-    throttle(&io.throttle_write_bps_device, "wbps");
-    throttle(&io.throttle_read_iops_device, "riops");
-    throttle(&io.throttle_write_iops_device, "wiops");
-}
-
 /// Attaches a device program to a cgroup's directory.
 pub(crate) fn attach_to(path: &Path, program: impl AsFd) -> io::Result<()> {
     let cgroup = Cgroup {
@@ -467,58 +423,4 @@ pub(crate) fn attach_to(path: &Path, program: impl AsFd) -> io::Result<()> {
     }
     .open()?;
     crate::sys::attach_device_program(cgroup.as_fd(), program.as_fd())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn of(text: &str) -> Result<Settings, CgroupError> {
-        settings(&serde_json::from_str(text).unwrap())
-    }
-
-    fn pair(file: &str, value: &str) -> (String, String) {
-        (file.to_owned(), value.to_owned())
-    }
-
-    #[test]
-    fn negative_limit_is_refused() {
-        assert!(of(r#"{"memory":{"limit":-2}}"#).is_err());
-    }
-
-    #[test]
-    fn swap_below_the_limit_is_refused() {
-        assert!(of(r#"{"memory":{"limit":100,"swap":50}}"#).is_err());
-        assert!(of(r#"{"memory":{"swap":50}}"#).is_err());
-    }
-
-    #[test]
-    fn unified_file_can_not_leave_the_cgroup() {
-        assert!(of(r#"{"unified":{"../memory.max":"1"}}"#).is_err());
-    }
-
-    #[test]
-    fn swap_is_what_comes_on_top_of_memory() {
-        let all = of(r#"{"memory":{"limit":100,"swap":150}}"#).unwrap();
-        assert_eq!(
-            all,
-            [pair("memory.swap.max", "50"), pair("memory.max", "100")]
-        );
-    }
-
-    #[test]
-    fn no_limit_is_max() {
-        let text = r#"{"cpu":{"quota":-1,"period":100000},"pids":{"limit":-1}}"#;
-        assert_eq!(
-            of(text).unwrap(),
-            [pair("cpu.max", "max 100000"), pair("pids.max", "max")]
-        );
-    }
-
-    #[test]
-    fn shares_map_onto_the_ends_of_the_weights() {
-        assert_eq!(weight_of_shares(0), 1);
-        assert_eq!(weight_of_shares(1024), 39);
-        assert_eq!(weight_of_shares(u64::MAX), 10_000);
-    }
 }

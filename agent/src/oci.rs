@@ -243,6 +243,8 @@ pub struct Resources {
     pub block_io: Option<BlockIo>,
     /// Huge pages, by size.
     pub hugepage_limits: Vec<HugepageLimit>,
+    /// RDMA resources, by device.
+    pub rdma: BTreeMap<String, Rdma>,
     /// Files of the cgroup, written as they are.
     pub unified: BTreeMap<String, String>,
 }
@@ -274,6 +276,8 @@ pub struct Memory {
     pub reservation: Option<i64>,
     /// Memory and swap together.
     pub swap: Option<i64>,
+    /// Whether a limit below what is in use is refused.
+    pub check_before_update: bool,
 }
 
 /// CPU limits.
@@ -296,7 +300,7 @@ pub struct Cpu {
     pub idle: Option<i64>,
 }
 
-/// Limit of tasks; not above zero: none.
+/// Limit of tasks; -1: none.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Pids {
@@ -341,6 +345,16 @@ pub struct HugepageLimit {
     pub page_size: String,
     /// Bytes.
     pub limit: u64,
+}
+
+/// Limit of one RDMA device.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Rdma {
+    /// Handles.
+    pub hca_handles: Option<u32>,
+    /// Objects.
+    pub hca_objects: Option<u32>,
 }
 
 /// A system call filter.

@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::container::{Container, Ending, Process, lock};
 use crate::launch::{LaunchError, launch};
-use crate::oci::{self, NamespaceKind, Spec};
+use crate::oci::{self, NamespaceKind, Resources, Spec};
 use crate::plan::{Place, Plan};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Ports, StdioError};
@@ -330,11 +330,13 @@ impl Sandbox {
     }
 
     /// Sets limits of a running container.
-    pub fn update(&self, id: &str, resources_json: &[u8]) -> Result<(), SandboxError> {
+    pub async fn update(&self, id: &str, resources_json: &[u8]) -> Result<(), SandboxError> {
         let container = self.container(id)?;
-        let resources =
+        let resources: Resources =
             serde_json::from_slice(resources_json).map_err(SandboxError::InvalidSpec)?;
-        Ok(container.cgroup.apply(&resources)?)
+        let cgroup = container.cgroup.clone();
+        // A lower limit of memory is met before the kernel returns.
+        Ok(unblocked(move || cgroup.apply(&resources)).await?)
     }
 
     /// Returns the count of OOM kills once it is above `seen`; an error when init ends first.
@@ -369,6 +371,14 @@ impl Sandbox {
             .cloned()
             .flatten()
             .ok_or_else(|| SandboxError::NoSuchContainer(id.to_owned()))
+    }
+}
+
+/// Runs what may block beside everything else.
+async fn unblocked<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }
 

@@ -73,7 +73,9 @@ fn code_of(error: &SandboxError) -> Code {
         | SandboxError::InvalidSignal(_)
         | SandboxError::InvalidSize { .. }
         | SandboxError::InitDeleted
-        | SandboxError::Cgroup(CgroupError::Invalid(_)) => Code::INVALID_ARGUMENT,
+        | SandboxError::Cgroup(
+            CgroupError::Invalid(_) | CgroupError::Limit { .. } | CgroupError::BelowUsage { .. },
+        ) => Code::INVALID_ARGUMENT,
         SandboxError::NoSuchContainer(_)
         | SandboxError::NoSuchProcess { .. }
         | SandboxError::ProcessEnded(_) => Code::NOT_FOUND,
@@ -204,10 +206,12 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: m::UpdateContainerRequest,
     ) -> ttrpc::Result<m::UpdateContainerResponse> {
-        answer(
-            self.sandbox
-                .update(&request.container_id, &request.resources_json),
-        )?;
+        let sandbox = Arc::clone(&self.sandbox);
+        detached(async move {
+            let resources = &request.resources_json;
+            sandbox.update(&request.container_id, resources).await
+        })
+        .await?;
         Ok(m::UpdateContainerResponse::default())
     }
 
