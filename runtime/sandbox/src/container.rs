@@ -16,6 +16,7 @@ use oci_spec::runtime::{Process, Spec};
 use serde::Serialize;
 
 use crate::agent::context;
+use crate::policy;
 use crate::sandbox::in_background;
 use crate::spec::guest_spec;
 use crate::state::is_name;
@@ -172,6 +173,7 @@ impl Sandbox {
     ) -> Result<(), ContainerError> {
         check_name("process", exec_id)?;
         check_io(&io, process.terminal().unwrap_or(false))?;
+        policy::check_process(process)?;
         let mut process = process.clone();
         process.set_apparmor_profile(None).set_selinux_label(None);
         let process_json = to_json(&process)?;

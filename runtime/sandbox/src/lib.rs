@@ -21,6 +21,7 @@ mod container;
 mod control;
 mod error;
 mod mounts;
+mod policy;
 mod process;
 mod readiness;
 mod sandbox;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
 use crate::mounts::{Volume, is_plain_absolute};
+use crate::policy;
 
 /// Why a spec can't be served by a guest.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -53,8 +54,7 @@ pub(crate) fn guest_spec(mut spec: Spec, container: &str) -> Result<GuestSpec, S
         .process_mut()
         .as_mut()
         .ok_or(SpecError::Missing("process"))?;
-    // Labels and profiles name what the host's kernel has loaded; the guest's has neither. The
-    // virtual machine is the stronger wall.
+    policy::check_process(process)?;
     process.set_apparmor_profile(None).set_selinux_label(None);
 
     let root = spec.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
@@ -150,6 +150,7 @@ fn rewrite_linux(linux: &mut Linux, container: &str) -> Result<(), SpecError> {
             "no process of the host can answer for a guest's system calls",
         );
     }
+    policy::check_linux(linux)?;
     linux.set_mount_label(None);
     linux.set_cgroups_path(Some(Path::new("/husk").join(container)));
     let namespaces = linux.namespaces().clone().unwrap_or_default();
@@ -219,7 +220,8 @@ mod tests {
         let mut spec = json!({
             "ociVersion": "1.1.0",
             "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/",
-                         "apparmorProfile": "x", "selinuxLabel": "y" },
+                         "apparmorProfile": "docker-default",
+                         "selinuxLabel": "system_u:system_r:container_t:s0" },
             "root": { "path": "rootfs", "readonly": true },
             "hostname": "h",
             "hooks": { "prestart": [{ "path": "/bin/true" }] },
