@@ -15,6 +15,9 @@ use kvm_ioctls::IoEventAddress;
 use kvm_ioctls::Kvm;
 use kvm_ioctls::VcpuFd;
 use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EFD_CLOEXEC;
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot;
 use crate::boot::BootError;
@@ -31,11 +34,13 @@ use crate::layout::MMIO_GPA;
 use crate::layout::TSS_GPA;
 use crate::memory::Memory;
 use crate::memory::MemoryError;
+use crate::memory::ReadOnlyPages;
 use crate::seccomp::ThreadKind;
 use crate::threads::StuckThread;
 use crate::threads::Thread;
 use crate::threads::ThreadSetup;
 use crate::transport::Mmio;
+use crate::transport::RegisterPage;
 use crate::transport::Seat;
 use crate::vcpu;
 use crate::vcpu::ExitCounters;
@@ -328,10 +333,18 @@ fn attach(
     devices: Vec<Box<dyn Device>>,
 ) -> Result<(Vec<Mmio>, Vec<Seat>), BuildError> {
     let mut attached = (Vec::new(), Vec::new());
+    let pages = Arc::new(ReadOnlyPages::map(devices.len())?);
+    pages.register(vm, MMIO_GPA)?;
+    let acknowledged =
+        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| BuildError::Events {
+            what: "transport",
+            source,
+        })?;
     let places = (MMIO_GPA..).step_by(usize::try_from(MMIO_BYTES).unwrap_or(usize::MAX));
-    for ((device, place), irq) in devices.into_iter().zip(places).zip(IRQ_FIRST..) {
+    for (((index, device), place), irq) in (0..).zip(devices).zip(places).zip(IRQ_FIRST..) {
         let what = device.profile().name;
-        let (mmio, seat) = Mmio::new(device, memory.shared())
+        let page = RegisterPage::new(Arc::clone(&pages), index);
+        let (mmio, seat) = Mmio::new(device, memory.shared(), page)
             .map_err(|source| BuildError::Events { what, source })?;
         vm.register_irqfd(mmio.line(), irq)
             .map_err(|source| BuildError::Kvm {
@@ -346,6 +359,14 @@ fn attach(
                     source,
                 })?;
         }
+        // Nobody listens: KVM takes the write, and the virtual CPU runs on.
+        let (register, value) = Mmio::acknowledgement();
+        let acknowledgement = IoEventAddress::Mmio(place + register);
+        vm.register_ioevent(&acknowledged, &acknowledgement, value)
+            .map_err(|source| BuildError::Kvm {
+                step: "take acknowledgements of interrupts",
+                source,
+            })?;
         attached.0.push(mmio);
         attached.1.push(seat);
     }

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use kvm_bindings::KVM_MEM_READONLY;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
@@ -16,6 +17,8 @@ use vm_memory::GuestMemoryMmap;
 use vm_memory::GuestMemoryRegion;
 use vm_memory::GuestRegionMmap;
 use vm_memory::MmapRegion;
+use vm_memory::VolatileMemory;
+use vm_memory::VolatileSlice;
 
 use crate::layout::HOLE_END;
 use crate::layout::HOLE_START;
@@ -102,7 +105,7 @@ impl Memory {
     /// Makes the RAM visible to the guest. The regions stay mapped as long as `self` or a clone of
     /// it lives: keep one beside the virtual CPUs.
     pub(crate) fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
-        for (slot, region) in (0..).zip(self.mmap.iter()) {
+        for (slot, region) in (RAM_SLOT..REGISTERS_SLOT).zip(self.mmap.iter()) {
             let start = region.start_addr().0;
             let slot = kvm_userspace_memory_region {
                 slot,
@@ -167,6 +170,50 @@ impl Memory {
         Ok(())
     }
 }
+
+/// Pages that the guest reads without an exit, and can't write: what it tries to write comes to
+/// this process as an access to a device does.
+pub(crate) struct ReadOnlyPages {
+    mapping: MmapRegion,
+}
+
+impl ReadOnlyPages {
+    /// Maps that many pages of zeros.
+    pub(crate) fn map(pages: usize) -> Result<Self, MemoryError> {
+        let bytes = PAGE_BYTES * pages as u64;
+        let size = usize::try_from(bytes).map_err(|_| MemoryError::Size { bytes })?;
+        let mapping = MmapRegion::new(size).map_err(|source| MemoryError::Map { bytes, source })?;
+        Ok(Self { mapping })
+    }
+
+    /// Shows them to the guest from `start` on. As with [`Memory::register`], keep them beside the
+    /// virtual CPUs.
+    pub(crate) fn register(&self, vm: &VmFd, start: u64) -> Result<(), MemoryError> {
+        let slot = kvm_userspace_memory_region {
+            slot: REGISTERS_SLOT,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: start,
+            memory_size: self.mapping.size() as u64,
+            userspace_addr: self.mapping.as_ptr() as u64,
+        };
+        // SAFETY: the range is a mapping of ours, of exactly that size, which nothing in this
+        // process has a Rust reference into. The caller keeps it while the guest can run.
+        let done = unsafe { vm.set_user_memory_region(slot) };
+        done.map_err(|source| MemoryError::Register { start, source })
+    }
+
+    /// One of them.
+    pub(crate) fn page(&self, index: usize) -> Option<VolatileSlice<'_>> {
+        let bytes = usize::try_from(PAGE_BYTES).ok()?;
+        self.mapping
+            .get_slice(index.checked_mul(bytes)?, bytes)
+            .ok()
+    }
+}
+
+/// KVM's slots: RAM has one below the hole of the address space and one above it.
+const RAM_SLOT: u32 = 0;
+const REGISTERS_SLOT: u32 = 2;
 
 fn map_region(start: u64, bytes: u64) -> Result<GuestRegionMmap, MemoryError> {
     let size = usize::try_from(bytes).map_err(|_| MemoryError::Size { bytes })?;

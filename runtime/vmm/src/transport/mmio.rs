@@ -1,6 +1,7 @@
 //! virtio over memory-mapped registers (virtio 1.2, 4.2).
 //!
-//! The driver is a guest and writes what it likes. A write that the specification does not allow in
+//! What the driver reads it finds in its [`RegisterPage`]; only its writes come here. The driver is
+//! a guest and writes what it likes. A write that the specification does not allow in
 //! the device's state, or of another width than its register, is ignored; the first few are logged.
 
 use std::io;
@@ -11,6 +12,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::page::RegisterPage;
 use super::queue::QueueSetup;
 use super::queue::set_high;
 use super::queue::set_low;
@@ -37,7 +39,7 @@ pub(crate) struct Mmio {
     profile: Profile,
     /// Offered, `VIRTIO_F_VERSION_1` included.
     features: u64,
-    config: Vec<u8>,
+    page: RegisterPage,
     memory: Arc<GuestMemoryMmap>,
     worker: Worker,
     refusals: u32,
@@ -86,20 +88,24 @@ impl Mmio {
     pub(crate) fn new(
         device: Box<dyn Device>,
         memory: Arc<GuestMemoryMmap>,
+        page: RegisterPage,
     ) -> io::Result<(Self, Seat)> {
         let profile = device.profile();
         let mut config = vec![0; CONFIG_BYTES];
         device.read_config(0, &mut config);
-        let (worker, seat) = worker::employ(device, Arc::clone(&memory))?;
+        page.set_bytes(reg::CONFIG, &config);
+        let (worker, seat) = worker::employ(device, Arc::clone(&memory), page.clone())?;
         let mmio = Self {
             features: profile.features | (1 << VIRTIO_F_VERSION_1),
             driver: Driver::new(&profile),
             profile,
-            config,
+            page,
             memory,
             worker,
             refusals: 0,
         };
+        mmio.show_constants();
+        mmio.show();
         Ok((mmio, seat))
     }
 
@@ -118,23 +124,14 @@ impl Mmio {
         reg::QUEUE_NOTIFY
     }
 
+    /// The register and the value that acknowledge used buffers, which KVM may take by itself.
+    pub(crate) fn acknowledgement() -> (u64, u32) {
+        (reg::INTERRUPT_ACK, reg::INTERRUPT_USED)
+    }
+
     /// Stops the device, which will not run again.
     pub(crate) fn dismiss(&mut self) {
         self.worker.dismiss();
-    }
-
-    /// Answers a read at `offset` of the registers. What makes no sense reads as zero.
-    pub(crate) fn read(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let Some(offset) = offset.checked_sub(reg::CONFIG) {
-            let start = usize::try_from(offset).unwrap_or(usize::MAX);
-            let bytes = self.config.iter().skip(start);
-            for (to, from) in data.iter_mut().zip(bytes) {
-                *to = *from;
-            }
-        } else if data.len() == size_of::<u32>() {
-            data.copy_from_slice(&self.register(offset).to_le_bytes());
-        }
     }
 
     /// Takes a write at `offset` of the registers.
@@ -146,27 +143,39 @@ impl Mmio {
         if !taken {
             self.log_refusal(offset, data);
         }
+        self.show();
     }
 
-    fn register(&self, offset: u64) -> u32 {
-        let driver = &self.driver;
-        match offset {
-            reg::MAGIC => reg::MAGIC_VALUE,
-            reg::VERSION => reg::VERSION_VALUE,
-            reg::DEVICE_ID => self.profile.device_type,
-            reg::VENDOR_ID => reg::VENDOR_VALUE,
-            reg::DEVICE_FEATURES => word(self.features, driver.device_features_sel),
-            reg::QUEUE_SIZE_MAX => driver.queue().map_or(0, |queue| queue.size_max.into()),
-            reg::QUEUE_READY => driver.queue().map_or(0, |queue| queue.is_ready.into()),
-            reg::INTERRUPT_STATUS => self.worker.signals().interrupt_status(),
-            reg::STATUS => self.status(),
-            reg::SHM_LEN_LOW | reg::SHM_LEN_HIGH | reg::SHM_BASE_LOW | reg::SHM_BASE_HIGH => {
-                reg::NO_SHARED_MEMORY
-            }
-            // The configuration never changes.
-            reg::CONFIG_GENERATION => 0,
-            _ => 0,
+    /// Shows what never changes. The configuration does not, so its generation stays zero.
+    fn show_constants(&self) {
+        for (register, value) in [
+            (reg::MAGIC, reg::MAGIC_VALUE),
+            (reg::VERSION, reg::VERSION_VALUE),
+            (reg::DEVICE_ID, self.profile.device_type),
+            (reg::VENDOR_ID, reg::VENDOR_VALUE),
+            (reg::SHM_LEN_LOW, reg::NO_SHARED_MEMORY),
+            (reg::SHM_LEN_HIGH, reg::NO_SHARED_MEMORY),
+            (reg::SHM_BASE_LOW, reg::NO_SHARED_MEMORY),
+            (reg::SHM_BASE_HIGH, reg::NO_SHARED_MEMORY),
+        ] {
+            self.page.set(register, value);
         }
+    }
+
+    /// Shows what a write of the driver's may have changed.
+    fn show(&self) {
+        let driver = &self.driver;
+        let features = word(self.features, driver.device_features_sel);
+        let size_max = driver.queue().map_or(0, |queue| queue.size_max.into());
+        let is_ready = driver.queue().map_or(0, |queue| queue.is_ready.into());
+        self.page.set(reg::DEVICE_FEATURES, features);
+        self.page.set(reg::QUEUE_SIZE_MAX, size_max);
+        self.page.set(reg::QUEUE_READY, is_ready);
+        let mut bits = driver.status.bits();
+        if driver.has_failed {
+            bits |= status::FAILED;
+        }
+        self.worker.signals().set_driver_status(bits);
     }
 
     /// Whether the write was one that the driver may make now.
@@ -184,17 +193,6 @@ impl Mmio {
             _ => return self.set_up_queue(offset, value),
         }
         true
-    }
-
-    fn status(&self) -> u32 {
-        let mut bits = self.driver.status.bits();
-        if self.driver.has_failed {
-            bits |= status::FAILED;
-        }
-        if self.worker.signals().needs_reset() {
-            bits |= status::NEEDS_RESET;
-        }
-        bits
     }
 
     /// virtio 1.2, 3.1.1: features are chosen in one state only.
@@ -304,7 +302,7 @@ impl Mmio {
                 "{}: the driver's write of {data:02x?} to register {offset:#x} is refused in status \
                  {:#x}",
                 self.profile.name,
-                self.status(),
+                self.worker.signals().status(),
             );
         }
     }

@@ -1,5 +1,6 @@
 //! A driver that writes registers, and a device that reports what it is given.
 
+use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
 use std::thread::JoinHandle;
@@ -11,6 +12,7 @@ use rustix::event::poll;
 use virtio_queue::QueueT;
 
 use super::Mmio;
+use super::RegisterPage;
 use super::registers as reg;
 use super::status::ACKNOWLEDGE;
 use super::status::DRIVER;
@@ -24,6 +26,7 @@ use crate::device::DeviceError;
 use crate::device::Profile;
 use crate::devices::fd::borrow;
 use crate::memory::Memory;
+use crate::memory::ReadOnlyPages;
 
 /// How long anything may take that has to happen.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -32,6 +35,7 @@ const OFFERED: u64 = 1 << 3 | 1 << 40;
 const VERSION_1: u64 = 1 << 32;
 const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
 const MEMORY_BYTES: u64 = 1 << 20;
+const USED_AND_CONFIG: u32 = reg::INTERRUPT_USED | reg::INTERRUPT_CONFIG;
 
 /// What the device does when it runs.
 #[derive(Clone, Copy)]
@@ -110,6 +114,7 @@ impl Device for FakeDevice {
 /// The registers, with the device's thread behind them.
 struct Rig {
     mmio: Mmio,
+    page: RegisterPage,
     seen: mpsc::Receiver<Seen>,
     thread: Option<JoinHandle<()>>,
 }
@@ -122,14 +127,20 @@ impl Rig {
             manner,
             seen: sender,
         };
-        let (mmio, seat) = Mmio::new(Box::new(device), memory.shared()).unwrap();
+        let page = RegisterPage::new(Arc::new(ReadOnlyPages::map(1).unwrap()), 0);
+        let (mmio, seat) = Mmio::new(Box::new(device), memory.shared(), page.clone()).unwrap();
         let thread = Some(thread::spawn(|| seat.serve()));
-        Self { mmio, seen, thread }
+        Self {
+            mmio,
+            page,
+            seen,
+            thread,
+        }
     }
 
     fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
-        self.mmio.read(offset, &mut data);
+        self.page.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
@@ -195,16 +206,13 @@ impl Drop for Rig {
 }
 
 #[test]
-fn accesses_of_other_widths_do_nothing() {
+fn writes_of_other_widths_do_nothing() {
     let mut rig = Rig::new(Manner::ServeUntilStopped);
-    let mut data = [0xff; 2];
 
-    rig.mmio.read(reg::MAGIC, &mut data);
     rig.mmio.write(reg::STATUS, &[1]);
     rig.mmio.write(reg::STATUS, &[1; 8]);
     rig.mmio.write(reg::STATUS, &[]);
 
-    assert_eq!(data, [0, 0]);
     assert_eq!(rig.status(), 0);
 }
 
@@ -212,7 +220,7 @@ fn accesses_of_other_widths_do_nothing() {
 fn registers_that_are_none_read_as_zero() {
     let mut rig = Rig::new(Manner::ServeUntilStopped);
 
-    for offset in [0x01c, 0x0c0, 0x001, 0x0fd] {
+    for offset in [0x01c, 0x0c0, 0x050, 0x0ac] {
         rig.write(offset, 1);
         assert_eq!(rig.read(offset), 0, "{offset:#x}");
     }
@@ -286,7 +294,9 @@ fn a_wrong_queue_needs_a_reset_and_starts_nothing() {
     rig.write(reg::STATUS, READY | DRIVER_OK);
 
     assert_eq!(rig.status(), READY | DRIVER_OK | NEEDS_RESET);
-    assert_eq!(rig.read(reg::INTERRUPT_STATUS), reg::INTERRUPT_CONFIG);
+    assert_eq!(rig.read(reg::INTERRUPT_STATUS), USED_AND_CONFIG);
+    rig.write(reg::INTERRUPT_ACK, USED_AND_CONFIG);
+    assert_eq!(rig.read(reg::INTERRUPT_STATUS), reg::INTERRUPT_USED);
     assert!(rig.seen.try_recv().is_err());
 }
 
@@ -314,7 +324,8 @@ fn a_device_that_fails_needs_a_reset_and_can_start_again() {
     assert_eq!(rig.status() & NEEDS_RESET, NEEDS_RESET);
     rig.write(reg::STATUS, 0);
 
-    assert_eq!((rig.status(), rig.read(reg::INTERRUPT_STATUS)), (0, 0));
+    assert_eq!(rig.status(), 0);
+    assert_eq!(rig.read(reg::INTERRUPT_STATUS), reg::INTERRUPT_USED);
     assert!(matches!(rig.next_seen(), Seen::Started { .. }));
     rig.go_live();
     assert!(matches!(rig.next_seen(), Seen::Started { .. }));
@@ -370,12 +381,12 @@ fn a_shared_memory_region_that_does_not_exist_has_no_length() {
 
 #[test]
 fn the_configuration_is_read_in_any_width() {
-    let mut rig = Rig::new(Manner::ServeUntilStopped);
+    let rig = Rig::new(Manner::ServeUntilStopped);
     let (mut byte, mut word, mut beyond) = ([0; 1], [0; 8], [0xff; 8]);
 
-    rig.mmio.read(reg::CONFIG + 1, &mut byte);
-    rig.mmio.read(reg::CONFIG, &mut word);
-    rig.mmio.read(0xffc, &mut beyond);
+    rig.page.read(reg::CONFIG + 1, &mut byte);
+    rig.page.read(reg::CONFIG, &mut word);
+    rig.page.read(0xff8, &mut beyond);
 
     assert_eq!(byte, [2]);
     assert_eq!(word, [1, 2, 3, 4, 0, 0, 0, 0]);
@@ -391,10 +402,8 @@ fn a_kick_becomes_an_interrupt() {
     rig.write(reg::QUEUE_NOTIFY, 0);
     assert_eq!(rig.next_seen(), Seen::Kicked);
     rig.await_line();
-    assert_eq!(rig.read(reg::INTERRUPT_STATUS), reg::INTERRUPT_USED);
-    rig.write(reg::INTERRUPT_ACK, reg::INTERRUPT_USED);
 
-    assert_eq!(rig.read(reg::INTERRUPT_STATUS), 0);
+    assert_eq!(rig.read(reg::INTERRUPT_STATUS), reg::INTERRUPT_USED);
 }
 
 #[test]

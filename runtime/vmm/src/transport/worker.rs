@@ -7,9 +7,9 @@ use std::io;
 use std::panic;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -19,8 +19,12 @@ use vmm_sys_util::eventfd::EFD_CLOEXEC;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::page::RegisterPage;
 use super::registers::INTERRUPT_CONFIG;
+use super::registers::INTERRUPT_STATUS;
 use super::registers::INTERRUPT_USED;
+use super::registers::STATUS;
+use super::status::NEEDS_RESET;
 use crate::device::Activation;
 use crate::device::Device;
 use crate::device::DeviceError;
@@ -31,40 +35,100 @@ use crate::device::ReadyQueue;
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the driver sees of a device that runs.
+///
+/// The interrupt status always has the bit of used buffers: drivers look at their queues then, and
+/// find out themselves whether there are any. So neither the device nor the driver's thread has
+/// anything to do for it, and KVM takes the acknowledgement of that bit by itself.
 pub(super) struct Signals {
-    interrupt_status: AtomicU32,
-    needs_reset: AtomicBool,
+    shown: Mutex<Shown>,
+    page: RegisterPage,
     line: EventFd,
 }
 
+/// What two threads have a say in.
+#[derive(Default)]
+struct Shown {
+    /// The device status as far as the driver has set it.
+    driver_status: u32,
+    needs_reset: bool,
+    has_new_config: bool,
+}
+
 impl Signals {
-    pub(super) fn interrupt_status(&self) -> u32 {
-        self.interrupt_status.load(Ordering::Acquire)
+    fn new(page: RegisterPage, line: EventFd) -> Self {
+        let signals = Self {
+            shown: Mutex::default(),
+            page,
+            line,
+        };
+        signals.show(&signals.lock());
+        signals
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes the page. The lock is held meanwhile, so that the last to change something is the
+    /// last to write.
+    fn show(&self, shown: &Shown) {
+        let interrupt = match shown.has_new_config {
+            true => INTERRUPT_USED | INTERRUPT_CONFIG,
+            false => INTERRUPT_USED,
+        };
+        self.page.set(INTERRUPT_STATUS, interrupt);
+        self.page.set(STATUS, shown.status());
+    }
+
+    /// Takes the bits of the device status that the driver has set.
+    pub(super) fn set_driver_status(&self, bits: u32) {
+        let mut shown = self.lock();
+        shown.driver_status = bits;
+        self.show(&shown);
+    }
+
+    /// The device status as the driver reads it.
+    pub(super) fn status(&self) -> u32 {
+        self.lock().status()
     }
 
     pub(super) fn acknowledge(&self, bits: u32) {
-        self.interrupt_status.fetch_and(!bits, Ordering::AcqRel);
-    }
-
-    pub(super) fn needs_reset(&self) -> bool {
-        self.needs_reset.load(Ordering::Acquire)
+        if bits & INTERRUPT_CONFIG != 0 {
+            let mut shown = self.lock();
+            shown.has_new_config = false;
+            self.show(&shown);
+        }
     }
 
     pub(super) fn clear(&self) {
-        self.interrupt_status.store(0, Ordering::Release);
-        self.needs_reset.store(false, Ordering::Release);
+        let mut shown = self.lock();
+        shown.needs_reset = false;
+        shown.has_new_config = false;
+        self.show(&shown);
     }
 
     /// Tells the driver that the device is of no use until it is reset (virtio 1.2, 2.1.2).
     pub(super) fn fail(&self) {
-        self.needs_reset.store(true, Ordering::Release);
-        self.raise(INTERRUPT_CONFIG);
+        let mut shown = self.lock();
+        shown.needs_reset = true;
+        shown.has_new_config = true;
+        self.show(&shown);
+        drop(shown);
+        self.raise();
     }
 
-    fn raise(&self, bits: u32) {
-        self.interrupt_status.fetch_or(bits, Ordering::AcqRel);
+    fn raise(&self) {
         // A counter that is full is an interrupt that KVM has not taken yet.
         let _ = self.line.write(1);
+    }
+}
+
+impl Shown {
+    fn status(&self) -> u32 {
+        match self.needs_reset {
+            true => self.driver_status | NEEDS_RESET,
+            false => self.driver_status,
+        }
     }
 }
 
@@ -102,14 +166,11 @@ pub(crate) struct Seat {
 pub(crate) fn employ(
     device: Box<dyn Device>,
     memory: Arc<GuestMemoryMmap>,
+    page: RegisterPage,
 ) -> io::Result<(Worker, Seat)> {
     let profile = device.profile();
     let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-    let signals = Arc::new(Signals {
-        interrupt_status: AtomicU32::new(0),
-        needs_reset: AtomicBool::new(false),
-        line: event()?,
-    });
+    let signals = Arc::new(Signals::new(page, event()?));
     let kicks: Vec<_> = profile
         .queue_sizes
         .iter()
@@ -258,7 +319,7 @@ impl Seat {
             queues.push(Some(ReadyQueue {
                 queue,
                 kick: kick.try_clone().map_err(failed)?,
-                interrupt: Interrupt::new(move || signals.raise(INTERRUPT_USED)),
+                interrupt: Interrupt::new(move || signals.raise()),
             }));
         }
         self.device.run(Activation {

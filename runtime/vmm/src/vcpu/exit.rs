@@ -12,8 +12,8 @@ pub(super) enum Exit<'a> {
     PortRead { port: u16, data: &'a mut [u8] },
     /// `data` is written to a port.
     PortWrite { port: u16, data: &'a [u8] },
-    /// Fill `data` with what is read from a device's register.
-    MmioRead { address: u64, data: &'a mut [u8] },
+    /// Fill `data` with what is read from an address without memory. Registers are none.
+    MmioRead { data: &'a mut [u8] },
     /// `data` is written to a device's register.
     MmioWrite { address: u64, data: &'a [u8] },
     /// No handler is left for an exception.
@@ -36,7 +36,7 @@ pub(super) fn run(id: u8, fd: &mut VcpuFd) -> Result<Exit<'_>, VcpuError> {
     Ok(match exit {
         VcpuExit::IoIn(port, data) => Exit::PortRead { port, data },
         VcpuExit::IoOut(port, data) => Exit::PortWrite { port, data },
-        VcpuExit::MmioRead(address, data) => Exit::MmioRead { address, data },
+        VcpuExit::MmioRead(_, data) => Exit::MmioRead { data },
         VcpuExit::MmioWrite(address, data) => Exit::MmioWrite { address, data },
         VcpuExit::Shutdown => Exit::TripleFault,
         VcpuExit::Intr => Exit::Interrupted,
