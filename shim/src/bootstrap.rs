@@ -67,8 +67,11 @@ pub(crate) fn delete(arguments: &Arguments) -> anyhow::Result<()> {
     };
     // A bundle that has lost its config is a pod of its own: nothing else bears its name.
     let pod = pod_of(bundle, &arguments.id).unwrap_or_else(|_| arguments.id.clone());
-    if pod == arguments.id {
-        husk_sandbox::cleanup(Path::new(STATE_DIR_ROOT), &arguments.namespace, &pod)?;
+    let root = Path::new(STATE_DIR_ROOT);
+    if pod != arguments.id {
+        husk_sandbox::cleanup_container(root, &arguments.namespace, &pod, &arguments.id)?;
+    } else {
+        husk_sandbox::cleanup(root, &arguments.namespace, &pod)?;
         let socket = socket_path(&arguments.namespace, &pod);
         match fs::remove_file(&socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -6,14 +6,14 @@ use std::{fs, io};
 use crate::process::kill_and_wait;
 use crate::state::{StateDir, is_name};
 use crate::vmm::KILL_DEADLINE;
-use crate::{CleanupError, cgroup, mounts};
+use crate::{CleanupError, cgroup, hooks, mounts};
 
 /// Removes everything that a sandbox may have left: kills its VMM, unmounts what is below its share,
-/// removes its cgroup and its directory. Finds all of it from the name alone, whatever was killed at
+/// removes its cgroup, runs the poststop hooks of its containers, and removes its directory. Finds all of it from the name alone, whatever was killed at
 /// whatever moment, and can be repeated; nothing there is success. A process is killed only if it is
 /// the very one that was recorded, not one that has got its pid since.
 ///
-/// Blocks for as long as the VMM takes to die.
+/// Blocks for as long as the VMM takes to die, and the hooks to run.
 ///
 /// # Errors
 /// [`CleanupError`]; as much as possible has been removed.
@@ -23,6 +23,31 @@ pub fn cleanup(state_dir_root: &Path, namespace: &str, id: &str) -> Result<(), C
             name: format!("{namespace}/{id}"),
         })?;
     remove_all(&state)
+}
+
+/// Does for one container of a sandbox what its shim, if that is gone, can't do any more: runs its
+/// poststop hooks. The rest goes with the sandbox. Can be repeated.
+///
+/// # Errors
+/// [`CleanupError::Name`]
+pub fn cleanup_container(
+    state_dir_root: &Path,
+    namespace: &str,
+    sandbox: &str,
+    container: &str,
+) -> Result<(), CleanupError> {
+    let name_error = || CleanupError::Name {
+        name: format!("{namespace}/{sandbox}/{container}"),
+    };
+    let state = StateDir::locate(state_dir_root, namespace, sandbox).map_err(|_| name_error())?;
+    if !is_name(container) {
+        return Err(name_error());
+    }
+    let owner = state.read_record().owner;
+    if owner.is_none_or(|owner| !matches!(owner.open(), Ok(Some(_)))) {
+        hooks::run_poststop(&state, container);
+    }
+    Ok(())
 }
 
 /// The sandboxes of a namespace that have a directory, with whether the process that made them is
@@ -80,6 +105,7 @@ pub(crate) fn remove_all(state: &StateDir) -> Result<(), CleanupError> {
         }
         None => Ok(()),
     };
+    hooks::run_all_poststop(state);
     // Files below a mount that is still there are not ours. And without the record there would be
     // no second try.
     unmounted.and(cgroup_removed)?;

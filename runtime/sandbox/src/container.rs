@@ -7,7 +7,7 @@ mod files;
 mod streams;
 mod table;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use husk_protocol::messages;
@@ -16,9 +16,10 @@ use oci_spec::runtime::{Process, Spec};
 use serde::Serialize;
 
 use crate::agent::context;
+use crate::hooks::{self, Lifecycle};
 use crate::policy;
 use crate::sandbox::in_background;
-use crate::spec::guest_spec;
+use crate::spec::{GuestSpec, guest_spec};
 use crate::state::is_name;
 use crate::{ContainerError, Sandbox};
 
@@ -107,30 +108,69 @@ impl Sandbox {
             rootfs,
             io,
         } = request;
+        let hooks = Lifecycle::of(&spec, &id, &bundle)?;
         let guest = guest_spec(spec, &id)?;
         let spec_json = to_json(&guest.spec)?;
         let files = ContainerFiles::new(&self.state, &id);
-        let mounting = files.clone();
-        in_background(move || mounting.mount(&bundle, &guest, rootfs)).await?;
-        let created = self.create_in_guest(&id, spec_json, io).await;
-        if created.is_err()
-            && let Err(error) = in_background(move || files.unmount()).await
-        {
+        let created = async {
+            self.prepare_on_host(&files, &bundle, guest, rootfs, &hooks)
+                .await?;
+            // From here on the pod's network namespace is as the hooks have left it.
+            let made = messages::CreateContainerRequest {
+                container_id: id.clone(),
+                spec_json,
+                bundle: bundle.display().to_string(),
+                ..Default::default()
+            };
+            self.create_in_guest(&id, made, io).await
+        };
+        let created = created.await;
+        if created.is_ok() {
+            self.containers().keep_hooks(&id, hooks);
+        } else if let Err(error) = self.remove_from_host(&id).await {
             tracing::warn!(container = id, %error, "a container that failed leaves something");
         }
         created
     }
 
+    /// Mounts the container's files and runs the hooks that may change them or the network.
+    async fn prepare_on_host(
+        &self,
+        files: &ContainerFiles,
+        bundle: &Path,
+        guest: GuestSpec,
+        rootfs: Vec<RootfsMount>,
+        hooks: &Lifecycle,
+    ) -> Result<(), ContainerError> {
+        let (files, bundle, hooks) = (files.clone(), bundle.to_owned(), hooks.clone());
+        let (state, netns, pid) = (self.state.clone(), self.netns.clone(), self.vmm_pid());
+        in_background(move || {
+            files.mount(&bundle, &guest, rootfs, |root| {
+                hooks::arm_poststop(&state, &hooks)?;
+                hooks::run_while_creating(&hooks, root, &netns, pid)
+            })
+        })
+        .await
+    }
+
+    /// Removes what a container that is not in the guest has on the host. Its last hooks run.
+    async fn remove_from_host(&self, id: &str) -> Result<(), ContainerError> {
+        let (state, id) = (self.state.clone(), id.to_owned());
+        in_background(move || {
+            let unmounted = ContainerFiles::new(&state, &id).unmount();
+            hooks::run_poststop(&state, &id);
+            unmounted
+        })
+        .await
+    }
+
     async fn create_in_guest(
         &self,
         id: &str,
-        spec_json: Vec<u8>,
+        mut request: messages::CreateContainerRequest,
         io: ProcessIo,
     ) -> Result<u32, ContainerError> {
         let ports = self.allot_ports(&io);
-        let mut request = messages::CreateContainerRequest::new();
-        id.clone_into(&mut request.container_id);
-        request.spec_json = spec_json;
         request.stdio = Some(ports.clone()).into();
         let response = self
             .call("create container", |client| async move {

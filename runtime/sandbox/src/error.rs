@@ -62,6 +62,9 @@ pub enum StartError {
         /// Why it failed.
         source: io::Error,
     },
+    /// The pod's network namespace could not be made.
+    #[error("cannot make a network namespace")]
+    MakeNetns(#[source] io::Error),
     /// The VMM process could not be started.
     #[error("cannot start the VMM {path:?}: {step}")]
     Spawn {
@@ -163,6 +166,9 @@ pub enum ContainerError {
     /// The root file system or a volume could not be put into the share.
     #[error(transparent)]
     Mount(#[from] crate::MountError),
+    /// A hook has failed.
+    #[error(transparent)]
+    Hook(#[from] crate::HookError),
     /// A file of the container could not be made or removed on the host.
     #[error("cannot {operation} {path:?}")]
     State {
@@ -204,7 +210,9 @@ impl ContainerError {
             Self::Invalid { .. } | Self::Spec(_) => ErrorKind::InvalidArgument,
             Self::VmGone(_) => ErrorKind::Unavailable,
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
-            Self::Mount(_) | Self::State { .. } | Self::Vmm { .. } => ErrorKind::Internal,
+            Self::Mount(_) | Self::Hook(_) | Self::State { .. } | Self::Vmm { .. } => {
+                ErrorKind::Internal
+            }
         }
     }
 }

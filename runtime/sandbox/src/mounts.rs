@@ -71,8 +71,9 @@ pub(crate) fn mount_private(directory: &Path) -> io::Result<()> {
     change(directory, MsFlags::MS_PRIVATE)
 }
 
-/// Mounts a root file system at `target`. `staging` is an empty directory on a private mount.
-pub(crate) fn mount_rootfs(
+/// Mounts a root file system in `staging`, an empty directory on a private mount. It goes to
+/// `target` with [`publish`].
+pub(crate) fn stage_rootfs(
     mounts: &[RootfsMount],
     staging: &Path,
     target: &Path,
@@ -89,7 +90,7 @@ pub(crate) fn mount_rootfs(
             },
         })?;
     }
-    publish(staging, target)
+    Ok(())
 }
 
 /// Binds a volume to `target`. `staging` is a place of the same kind, directory or file, on a
@@ -106,6 +107,30 @@ pub(crate) fn mount_volume(
         change(staging, read_only | locked_flags(staging)).map_err(failed("make read-only"))?;
     }
     publish(staging, target)
+}
+
+/// Lets mounts made at and below a place appear wherever else it is mounted from now on, and
+/// nowhere else.
+pub(crate) fn pass_on(place: &Path) -> io::Result<()> {
+    change(place, MsFlags::MS_PRIVATE | MsFlags::MS_REC)?;
+    change(place, MsFlags::MS_SHARED | MsFlags::MS_REC)
+}
+
+/// Keeps mounts made at and below a place to this namespace.
+pub(crate) fn cut_off(place: &Path) -> io::Result<()> {
+    change(place, MsFlags::MS_SLAVE | MsFlags::MS_REC)
+}
+
+/// Mounts a tree at a further place.
+pub(crate) fn bind_tree(tree: &Path, place: &Path) -> io::Result<()> {
+    bind(tree, place, true)
+}
+
+/// Undoes [`bind_tree`], and nothing of the tree elsewhere.
+pub(crate) fn hide(place: &Path) -> io::Result<()> {
+    change(place, MsFlags::MS_PRIVATE | MsFlags::MS_REC)?;
+    let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+    Ok(nix::mount::umount2(place, flags)?)
 }
 
 /// Unmounts all that is mounted at a place, with what is below it. Nothing there is no error.
@@ -313,7 +338,7 @@ fn shorten_layers(data: &[String]) -> Option<(PathBuf, String)> {
 const LOWERDIR: &str = "lowerdir=";
 
 /// Cuts a finished mount off from the host's and moves it into the share.
-fn publish(staging: &Path, target: &Path) -> Result<(), MountError> {
+pub(crate) fn publish(staging: &Path, target: &Path) -> Result<(), MountError> {
     let failed = |step| step_error(staging, target, step);
     change(staging, MsFlags::MS_PRIVATE | MsFlags::MS_REC).map_err(failed("make private"))?;
     forbid_devices(staging).map_err(failed("forbid devices of"))?;
@@ -385,4 +410,4 @@ pub(crate) fn is_plain_absolute(path: &Path) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use crate::agent::Agent;
 use crate::container::Containers;
 use crate::error::{cap_text, describe};
+use crate::netns::Netns;
 use crate::process::Identity;
 use crate::state::{Record, StateDir};
 use crate::vmm::{BootFiles, Spawned, Vmm};
@@ -53,6 +54,8 @@ pub struct SandboxConfig {
 pub struct Sandbox {
     pub(crate) state: StateDir,
     pub(crate) vmm: Vmm,
+    /// The VMM lives in it. What is there when the containers' hooks have run is the pod's network.
+    pub(crate) netns: Netns,
     pub(crate) agent: Agent,
     /// The next port for a stream. Never counts back.
     pub(crate) ports: AtomicU32,
@@ -123,7 +126,8 @@ impl Sandbox {
             step: "make the agent's stream",
             source,
         })?;
-        let spawned = Spawned::spawn(config, &files.vmm_log).await?;
+        let netns = make_netns(config).await?;
+        let spawned = Spawned::spawn(config, &netns, &files.vmm_log).await?;
         let boot = boot_config(config, state, record.cgroup.as_deref())?;
         let vmm = spawned
             .boot(boot, &files, theirs, |pid| {
@@ -154,6 +158,7 @@ impl Sandbox {
             },
             state: state.clone(),
             vmm,
+            netns,
             agent,
             ports: AtomicU32::new(STREAM_PORT_MIN),
             containers: Mutex::default(),
@@ -268,6 +273,18 @@ fn last_words(log: &Path) -> String {
 
 fn own_identity() -> Option<Identity> {
     Identity::of(std::process::id().cast_signed()).ok()
+}
+
+/// Opens the pod's network namespace, or makes it where nobody has.
+async fn make_netns(config: &SandboxConfig) -> Result<Netns, StartError> {
+    match &config.netns {
+        Some(path) => Netns::open(path).map_err(|source| StartError::Open {
+            what: "the network namespace",
+            path: path.clone(),
+            source,
+        }),
+        None => Netns::create().await.map_err(StartError::MakeNetns),
+    }
 }
 
 /// Makes the VMM's cgroup. Where the host has none, the VMM stays in its parent's.

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{Hooks, Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
 use crate::mounts::{Volume, is_plain_absolute};
 use crate::policy;
@@ -73,13 +73,20 @@ pub(crate) fn guest_spec(mut spec: Spec, container: &str) -> Result<GuestSpec, S
         .as_mut()
         .ok_or(SpecError::Missing("linux"))?;
     rewrite_linux(linux, container)?;
-    // They are the host's programs.
-    spec.set_hooks(None);
+    spec.set_hooks(spec.hooks().as_ref().and_then(guest_hooks));
     Ok(GuestSpec {
         spec,
         root: host_root,
         volumes,
     })
+}
+
+/// The hooks that run in the container itself; the others are the host's programs.
+fn guest_hooks(hooks: &Hooks) -> Option<Hooks> {
+    let in_container = hooks.start_container().clone()?;
+    let mut hooks = Hooks::default();
+    hooks.set_start_container(Some(in_container));
+    Some(hooks)
 }
 
 fn rewrite_mount(
@@ -357,6 +364,15 @@ mod tests {
             },
         ];
         assert_eq!(guest.volumes, expected);
+    }
+
+    #[test]
+    fn hooks_of_the_container_are_the_guests() {
+        let guest = rewritten(|spec| {
+            spec["hooks"]["startContainer"] = json!([{ "path": "/in/container" }]);
+        });
+        let text = serde_json::to_string(guest.unwrap().spec.hooks()).unwrap();
+        assert_eq!(text, r#"{"startContainer":[{"path":"/in/container"}]}"#);
     }
 
     #[test]

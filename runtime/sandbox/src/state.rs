@@ -8,6 +8,7 @@
 //!     staging/                    private mount, where a mount is finished before it moves there
 //!     console.log  vmm.log        what the guest's kernel and agent, and the VMM, have written
 //!     vmm.pid  state.json         for people; for `cleanup`
+//!     hooks/<container>.json      poststop hooks that have not run yet
 //! ```
 //!
 //! `shared` shows `layout` read-only because the VMM, and with it a guest that has taken it over,
@@ -148,6 +149,11 @@ impl StateDir {
 
     pub(crate) fn console_log(&self) -> PathBuf {
         self.path.join("console.log")
+    }
+
+    /// What must run when the containers are gone.
+    pub(crate) fn hooks(&self) -> PathBuf {
+        self.path.join("hooks")
     }
 
     pub(crate) fn vmm_log(&self) -> PathBuf {

@@ -6,18 +6,17 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use std::{fs, io, thread};
+use std::{fs, io};
 
 use husk_vmm_control::{Answer, BootConfig, Call, Channel, ExitReason};
-use nix::sched::CloneFlags;
 use rustix::process::Pid;
-use rustix::thread::LinkNameSpaceType;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::control::{CallError, Control, LastWord, Launched, Reader, StreamEnd};
 use crate::error::{VmEnd, cap_text, describe};
+use crate::netns::{Netns, on_thread};
 use crate::process::{Child, Ending};
 use crate::state::StateDir;
 use crate::{SandboxConfig, StartError};
@@ -65,7 +64,11 @@ impl BootFiles {
 
 impl Spawned {
     /// Starts the program in the pod's network namespace.
-    pub(crate) async fn spawn(config: &SandboxConfig, vmm_log: &File) -> Result<Self, StartError> {
+    pub(crate) async fn spawn(
+        config: &SandboxConfig,
+        netns: &Netns,
+        vmm_log: &File,
+    ) -> Result<Self, StartError> {
         let path = &config.install.vmm;
         let failed = |step| {
             move |source| StartError::Spawn {
@@ -77,10 +80,6 @@ impl Spawned {
         let (ours, theirs) = Channel::pair().map_err(failed("make the control socket"))?;
         let (control, reader, launched) =
             Control::new(ours).map_err(failed("watch the control socket"))?;
-        let netns = match &config.netns {
-            Some(path) => Some(open("the network namespace", path, false)?),
-            None => None,
-        };
         let log = vmm_log.try_clone().map_err(failed("pass the log"))?;
         let mut command = Command::new(path);
         // The control socket is the standard input: see CONTROL_FD.
@@ -90,9 +89,9 @@ impl Spawned {
             .stderr(log)
             .env_clear()
             .current_dir("/");
-        let first = spawn_in_netns(command, netns)
-            .await?
-            .map_err(failed("execute"))?;
+        let first = spawn_in(netns.clone(), command)
+            .await
+            .map_err(|(step, source)| failed(step)(source))?;
         Ok(Self {
             control,
             reading: tokio::spawn(Reader::run(reader)),
@@ -332,36 +331,21 @@ fn unwatched() -> VmEnd {
     }
 }
 
-/// Spawns from a thread that has moved into the namespace, or into a new, empty one: a child starts
-/// where its parent's thread is.
-async fn spawn_in_netns(
-    mut command: Command,
-    netns: Option<File>,
-) -> Result<io::Result<Child>, StartError> {
-    let (tell, told) = oneshot::channel();
-    let spawn = move || -> io::Result<Child> {
-        match netns {
-            Some(netns) => rustix::thread::move_into_link_name_space(
-                netns.as_fd(),
-                Some(LinkNameSpaceType::Network),
-            )?,
-            None => nix::sched::unshare(CloneFlags::CLONE_NEWNET)?,
-        }
-        let spawned = command.spawn()?;
+/// Spawns from a thread that has moved into the namespace: a child starts where its parent's thread
+/// is.
+async fn spawn_in(netns: Netns, mut command: Command) -> Result<Child, (&'static str, io::Error)> {
+    let spawn = move || {
+        netns
+            .enter()
+            .map_err(|error| ("join the network namespace", error))?;
+        let spawned = command.spawn().map_err(|error| ("execute", error))?;
         let pid = i32::try_from(spawned.id()).ok().and_then(Pid::from_raw);
-        Child::from_pid(pid.ok_or_else(|| io::Error::other("no pid"))?)
+        pid.ok_or_else(|| io::Error::other("no pid"))
+            .and_then(Child::from_pid)
+            .map_err(|error| ("watch", error))
     };
-    let thread = thread::Builder::new().name("spawn".to_owned());
-    let spawning = thread.spawn(move || {
-        // The receiver waits for as long as this takes.
-        let _ = tell.send(spawn());
-    });
-    if let Err(error) = spawning {
-        return Ok(Err(error));
-    }
-    Ok(told
-        .await
-        .unwrap_or_else(|_| Err(io::Error::other("the spawning thread panicked"))))
+    let spawned = on_thread("spawn", spawn).await;
+    spawned.map_err(|error| ("make a thread", error))?
 }
 
 fn open(what: &'static str, path: &Path, is_writable: bool) -> Result<File, StartError> {

@@ -8,12 +8,12 @@ use oci_spec::runtime::LinuxResources;
 use tokio::time::timeout;
 
 use crate::agent::context;
+use crate::hooks::{Kind, Lifecycle};
 use crate::sandbox::in_background;
 use crate::state::is_name;
 use crate::{ContainerError, ErrorKind, Exit, ListedProcess, Sandbox};
 
-use super::files::ContainerFiles;
-use super::{INIT, SIGKILL, SIGKILL_DEADLINE, to_json};
+use super::{CALL_DEADLINE, INIT, SIGKILL, SIGKILL_DEADLINE, to_json};
 
 impl Sandbox {
     /// Starts a process. Answers with its pid in the guest.
@@ -29,11 +29,25 @@ impl Sandbox {
         let mut request = messages::StartProcessRequest::new();
         container.clone_into(&mut request.container_id);
         exec_id.clone_into(&mut request.exec_id);
+        let hooks = match exec_id {
+            INIT => self.containers().hooks(container),
+            _ => None,
+        };
+        let in_guest = |hooks: &Lifecycle| hooks.time_limit(Kind::StartContainer);
+        let deadline = CALL_DEADLINE + hooks.as_ref().map_or(Duration::ZERO, in_guest);
         let response = self
-            .call("start process", |client| async move {
-                client.start_process(context(), &request).await
-            })
+            .agent
+            .call(
+                &self.vmm,
+                "start process",
+                Some(deadline),
+                |client| async move { client.start_process(context(), &request).await },
+            )
             .await?;
+        if let Some(hooks) = hooks.filter(|hooks| hooks.has(Kind::Poststart)) {
+            let pid = self.vmm_pid();
+            in_background(move || hooks.run_poststart(pid)).await;
+        }
         Ok(response.pid)
     }
 
@@ -293,8 +307,7 @@ impl Sandbox {
     pub async fn delete_container(&self, container: &str) -> Result<(), ContainerError> {
         self.containers().check(container, INIT)?;
         unless_gone(self.delete_in_guest(container).await)?;
-        let files = ContainerFiles::new(&self.state, container);
-        in_background(move || files.unmount()).await?;
+        self.remove_from_host(container).await?;
         self.containers().remove(container);
         Ok(())
     }

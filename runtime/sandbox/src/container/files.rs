@@ -5,10 +5,11 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use crate::hooks::StagedRoot;
 use crate::mounts::{self, Volume};
 use crate::spec::GuestSpec;
 use crate::state::StateDir;
-use crate::{ContainerError, MountError, RootfsMount};
+use crate::{ContainerError, HookError, MountError, RootfsMount};
 
 /// Places of a container's files. Directories are made in the layout, where they can be written;
 /// mounts in the share, where they can be seen; and staged in between.
@@ -28,14 +29,15 @@ impl ContainerFiles {
         }
     }
 
-    /// Mounts everything, or nothing.
+    /// Mounts everything, or nothing. `hooks` may change the root before the guest can see it.
     pub(super) fn mount(
         &self,
         bundle: &Path,
         guest: &GuestSpec,
         rootfs: Vec<RootfsMount>,
+        hooks: impl FnOnce(StagedRoot<'_>) -> Result<(), HookError>,
     ) -> Result<(), ContainerError> {
-        let mounted = self.mount_all(bundle, guest, rootfs);
+        let mounted = self.mount_all(bundle, guest, rootfs, hooks);
         if mounted.is_err() {
             // What went wrong first is what the caller should know.
             let _ = self.unmount();
@@ -48,18 +50,21 @@ impl ContainerFiles {
         bundle: &Path,
         guest: &GuestSpec,
         mut rootfs: Vec<RootfsMount>,
+        hooks: impl FnOnce(StagedRoot<'_>) -> Result<(), HookError>,
     ) -> Result<(), ContainerError> {
         for directory in [&self.layout, &self.staging] {
             make_directory(directory)?;
         }
         make_directory(&self.layout.join("mounts"))?;
-        if rootfs.is_empty() {
+        let is_in_place = rootfs.is_empty();
+        if is_in_place {
             rootfs.push(own_root(&bundle.join(&guest.root))?);
         }
         let place = self.staging.join("rootfs");
         make_directory(&place)?;
         make_directory(&self.layout.join("rootfs"))?;
-        mounts::mount_rootfs(&rootfs, &place, &self.shared.join("rootfs"))?;
+        let target = self.shared.join("rootfs");
+        mounts::stage_rootfs(&rootfs, &place, &target)?;
         for (index, volume) in guest.volumes.iter().enumerate() {
             let volume = Volume {
                 source: bundle.join(&volume.source),
@@ -67,7 +72,11 @@ impl ContainerFiles {
             };
             self.mount_volume(&volume, &index.to_string())?;
         }
-        Ok(())
+        hooks(StagedRoot {
+            staging: &place,
+            is_in_place,
+        })?;
+        Ok(mounts::publish(&place, &target)?)
     }
 
     fn mount_volume(&self, volume: &Volume, name: &str) -> Result<(), ContainerError> {

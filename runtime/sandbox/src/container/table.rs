@@ -5,12 +5,15 @@ use std::os::fd::OwnedFd;
 
 use crate::ContainerError;
 use crate::control::StreamEnd;
+use crate::hooks::Lifecycle;
 
 /// The containers by id.
 #[derive(Debug, Default)]
 pub(crate) struct Containers {
     /// Each with its processes by exec id; the empty one is init's.
     containers: HashMap<String, HashMap<String, Process>>,
+    /// By container.
+    hooks: HashMap<String, Lifecycle>,
 }
 
 /// A process's streams.
@@ -74,7 +77,17 @@ impl Containers {
         self.process(container, exec_id).map(|_| ())
     }
 
+    /// Remembers the hooks of a container that is there now.
+    pub(crate) fn keep_hooks(&mut self, container: &str, hooks: Lifecycle) {
+        self.hooks.insert(container.to_owned(), hooks);
+    }
+
+    pub(crate) fn hooks(&self, container: &str) -> Option<Lifecycle> {
+        self.hooks.get(container).cloned()
+    }
+
     pub(crate) fn remove(&mut self, container: &str) {
+        self.hooks.remove(container);
         self.containers.remove(container);
     }
 
@@ -85,6 +98,7 @@ impl Containers {
     }
 
     pub(crate) fn clear(&mut self) {
+        self.hooks.clear();
         self.containers.clear();
     }
 }

@@ -44,13 +44,13 @@ fn paths_that_climb_are_not_plain() {
 }
 
 /// Those that mount for real, in a mount namespace of the test's thread. They need root.
-mod real {
+pub(crate) mod real {
     use std::sync::mpsc;
 
     use super::*;
 
     /// Runs a test in a thread with mounts of its own, where `/` is shared as systemd makes it.
-    fn in_own_namespace(test: impl FnOnce(&Path) + Send + 'static) {
+    pub(crate) fn in_own_namespace(test: impl FnOnce(&Path) + Send + 'static) {
         if !rustix::process::geteuid().is_root() {
             eprintln!("SKIPPED: mounting takes root");
             return;
@@ -71,7 +71,7 @@ mod real {
         assert!(passed);
     }
 
-    fn points(directory: &Path) -> Vec<PathBuf> {
+    pub(crate) fn points(directory: &Path) -> Vec<PathBuf> {
         fs::read_to_string("/proc/thread-self/mountinfo")
             .unwrap()
             .lines()
@@ -86,7 +86,7 @@ mod real {
         }
     }
 
-    fn share(directory: &Path) -> (PathBuf, PathBuf, PathBuf) {
+    pub(crate) fn share(directory: &Path) -> (PathBuf, PathBuf, PathBuf) {
         let [layout, shared, staging] =
             ["layout", "shared", "staging"].map(|name| directory.join(name));
         for path in [&layout, &shared, &staging] {
@@ -168,7 +168,9 @@ mod real {
                 target: String::new(),
                 options: vec![format!("lowerdir={}", names.join(":"))],
             };
-            mount_rootfs(&[mount], &staging.join("r"), &shared.join("r")).unwrap();
+            let (place, target) = (staging.join("r"), shared.join("r"));
+            stage_rootfs(&[mount], &place, &target).unwrap();
+            publish(&place, &target).unwrap();
             assert_eq!(fs::read_dir(shared.join("r")).unwrap().count(), LAYERS);
         });
     }
