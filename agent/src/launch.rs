@@ -16,7 +16,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use crate::oci::IdMapping;
-use crate::plan::{self, Failure, Handover, Order, Place, Plan, Report};
+use crate::plan::{self, Failure, Handover, Order, Place, Plan, Report, StartHooks};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Streams, nonblocking};
 
@@ -44,8 +44,8 @@ pub enum LaunchError {
     #[error("the launch stage ended without a report, its process with status {0:?}")]
     Silent(Option<u32>),
     /// The stage is too slow.
-    #[error("the launch stage did not report within {REPORT_DEADLINE:?}")]
-    Deadline,
+    #[error("the launch stage did not report within {0:?}")]
+    Deadline(Duration),
     /// Id mappings can't be written.
     #[error("cannot write the id mappings")]
     Mappings(#[source] io::Error),
@@ -63,6 +63,8 @@ pub struct Launched {
     /// Its terminal's master side.
     pub terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     channel: AsyncFd<OwnedFd>,
+    /// From the order to start to the program.
+    start_deadline: Duration,
 }
 
 /// A process as its stage has reported it so far. Dropped without being taken, it is killed.
@@ -87,7 +89,7 @@ pub async fn launch(
     let mut terminal_taker = terminal;
     let mut progress = Progress::default();
     loop {
-        let (report, fds) = match next_report(&channel).await? {
+        let (report, fds) = match next_report(&channel, REPORT_DEADLINE).await? {
             Some(received) => received,
             None => return Err(LaunchError::Silent(progress.status())),
         };
@@ -115,6 +117,8 @@ pub async fn launch(
             }
             Report::Ready => {
                 let terminal = progress.terminal.take();
+                let hooks = plan.start_hooks.as_ref();
+                let hooks = hooks.map_or(Duration::ZERO, StartHooks::time_limit);
                 let (pid, pidfd, exit) = progress.process.take().ok_or_else(missing)?;
                 return Ok(Launched {
                     pid,
@@ -122,6 +126,7 @@ pub async fn launch(
                     exit,
                     terminal,
                     channel,
+                    start_deadline: REPORT_DEADLINE + hooks,
                 });
             }
             Report::Failed(failure) => return Err(failure.into()),
@@ -151,7 +156,7 @@ impl Launched {
             }
             other => other?,
         }
-        match next_report(&self.channel).await? {
+        match next_report(&self.channel, self.start_deadline).await? {
             None => Ok(()),
             Some((Report::Failed(failure), _)) => Err(failure.into()),
             Some(_) => Err(LaunchError::Talk(io::Error::other("an unexpected report"))),
@@ -210,12 +215,13 @@ fn spawn(
 
 async fn next_report(
     channel: &AsyncFd<OwnedFd>,
+    deadline: Duration,
 ) -> Result<Option<(Report, Vec<OwnedFd>)>, LaunchError> {
     let received = channel.async_io(Interest::READABLE, |channel| plan::receive(channel.as_fd()));
-    match tokio::time::timeout(REPORT_DEADLINE, received).await {
+    match tokio::time::timeout(deadline, received).await {
         Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
         Ok(result) => result.map_err(LaunchError::Talk),
-        Err(_) => Err(LaunchError::Deadline),
+        Err(_) => Err(LaunchError::Deadline(deadline)),
     }
 }
 

@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Spec {
+    /// The version of the specification.
+    pub oci_version: String,
     /// The process that the container is made for.
     pub process: Process,
     /// The container's root file system.
@@ -25,6 +27,18 @@ pub struct Spec {
     pub mounts: Vec<Mount>,
     /// All that only Linux knows.
     pub linux: Linux,
+    /// What the container's owner wants to be known of it.
+    pub annotations: BTreeMap<String, String>,
+    /// Programs to be run at moments of its life.
+    pub hooks: Hooks,
+}
+
+/// The hooks that run in the container.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Hooks {
+    /// Before the process becomes its program.
+    pub start_container: Vec<husk_hook::Hook>,
 }
 
 /// A process to be run in a container.

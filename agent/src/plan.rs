@@ -5,11 +5,13 @@
 //! on the stage sends [`Report`]s and the agent sends [`Order`]s. The stage's end closes on exec:
 //! end of file without [`Report::Failed`] says that the program runs.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Seek};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
 use rustix::net::{
@@ -32,6 +34,61 @@ pub struct Plan {
     pub cgroup: Option<PathBuf>,
     /// Where to run it.
     pub place: Place,
+    /// What to run before it.
+    pub start_hooks: Option<StartHooks>,
+}
+
+/// Programs to be run before the process, and what they are told.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct StartHooks {
+    /// In their order.
+    pub hooks: Vec<husk_hook::Hook>,
+    /// But for the pid.
+    pub state: HookState,
+}
+
+/// The state of a container, as the specification has hooks read it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HookState {
+    /// The version of the specification.
+    pub oci_version: String,
+    /// The container's.
+    pub id: String,
+    /// Where it is in its life.
+    pub status: String,
+    /// Of its process, in the PID namespace of who reads it.
+    pub pid: i32,
+    /// Where its owner keeps it on the host.
+    pub bundle: String,
+    /// What its owner wants to be known of it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl StartHooks {
+    /// Those of a container, if it has any.
+    pub fn of(spec: &oci::Spec, id: &str, bundle: &str) -> Option<Self> {
+        if spec.hooks.start_container.is_empty() {
+            return None;
+        }
+        Some(Self {
+            hooks: spec.hooks.start_container.clone(),
+            state: HookState {
+                oci_version: spec.oci_version.clone(),
+                id: id.to_owned(),
+                status: "created".to_owned(),
+                pid: 0,
+                bundle: bundle.to_owned(),
+                annotations: spec.annotations.clone(),
+            },
+        })
+    }
+
+    /// How long they may take, all together.
+    pub fn time_limit(&self) -> Duration {
+        self.hooks.iter().map(husk_hook::Hook::time_limit).sum()
+    }
 }
 
 /// Where a process runs.

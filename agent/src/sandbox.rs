@@ -14,7 +14,7 @@ use crate::cgroup::{Cgroup, CgroupError};
 use crate::container::{Container, Ending, Process, lock};
 use crate::launch::{LaunchError, launch};
 use crate::oci::{self, NamespaceKind, Resources, Spec};
-use crate::plan::{Place, Plan};
+use crate::plan::{Place, Plan, StartHooks};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Ports, StdioError};
 
@@ -112,12 +112,13 @@ impl Sandbox {
         &self,
         id: &str,
         spec_json: &[u8],
+        bundle: &str,
         stdio: &Stdio,
     ) -> Result<i32, SandboxError> {
         check_id(id)?;
         let spec: Spec = serde_json::from_slice(spec_json).map_err(SandboxError::InvalidSpec)?;
         self.reserve(id)?;
-        match self.build(id, spec, stdio).await {
+        match self.build(id, spec, bundle, stdio).await {
             Ok(container) => {
                 let pid = container.init.pid().unwrap_or_default();
                 lock(&self.containers).insert(id.to_owned(), Some(container));
@@ -143,6 +144,7 @@ impl Sandbox {
         &self,
         id: &str,
         spec: Spec,
+        bundle: &str,
         stdio: &Stdio,
     ) -> Result<Arc<Container>, SandboxError> {
         let streams = self.config.ports.open(stdio, spec.process.terminal)?;
@@ -159,6 +161,7 @@ impl Sandbox {
             process: spec.process.clone(),
             seccomp: seccomp.clone(),
             cgroup: Some(cgroup.path().to_owned()),
+            start_hooks: StartHooks::of(&spec, id, bundle),
             place: Place::Create(Box::new(spec)),
         };
         let launched = async {
@@ -266,6 +269,7 @@ impl Sandbox {
             seccomp: container.seccomp.clone(),
             cgroup: Some(container.cgroup.path().to_owned()),
             place: Place::Enter { init_pid },
+            start_hooks: None,
         };
         let launched = launch(&self.config.program, &self.reaper, &plan, streams).await?;
         let pid = launched.pid;

@@ -90,7 +90,7 @@ fn code_of(error: &SandboxError) -> Code {
         SandboxError::Launch(LaunchError::Stage(failure)) if failure.is_request_at_fault => {
             Code::INVALID_ARGUMENT
         }
-        SandboxError::Launch(LaunchError::Deadline) => Code::DEADLINE_EXCEEDED,
+        SandboxError::Launch(LaunchError::Deadline(_)) => Code::DEADLINE_EXCEEDED,
         SandboxError::Signal(_)
         | SandboxError::Resize(_)
         | SandboxError::Cgroup(_)
@@ -181,7 +181,12 @@ impl Agent for Service {
         let pid = detached(async move {
             let stdio = request.stdio.unwrap_or_default();
             sandbox
-                .create(&request.container_id, &request.spec_json, &stdio)
+                .create(
+                    &request.container_id,
+                    &request.spec_json,
+                    &request.bundle,
+                    &stdio,
+                )
                 .await
         })
         .await?;

@@ -236,7 +236,7 @@ impl Container {
         let spec = spec.to_string();
         self.fixture
             .sandbox
-            .create(&self.id, spec.as_bytes(), stdio)
+            .create(&self.id, spec.as_bytes(), "/bundle", stdio)
             .await
     }
 

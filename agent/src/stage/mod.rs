@@ -7,6 +7,7 @@
 //! for a place in it stands beside it.
 
 mod console;
+mod hooks;
 mod mounts;
 mod namespaces;
 mod nodes;
@@ -145,6 +146,10 @@ fn become_process(channel: BorrowedFd<'_>, plan: &Plan, streams: &[OwnedFd; 3]) 
     plan::await_order(channel).or_fail(|| "wait for the start".into())?;
     if let (Some(filter), true) = (&filter, process.no_new_privileges) {
         program::install(filter)?;
+    }
+    if let Some(hooks) = &plan.start_hooks {
+        // They are the container's: what confines its process confines them.
+        hooks::run(hooks)?;
     }
     program::execute(&program, process)
 }
