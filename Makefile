@@ -66,6 +66,15 @@ test: check dist ## Everything: make check, then guests and containerd in the te
 scenario-table: ## Put the table of the last make test into the README
 	@tests/tools/scenario-table
 
+.PHONY: bench
+bench: dist ## Measure Husk beside runc and gVisor, into target/bench; QUICK=1, JSON=1
+	@tests/bench/run $(if $(QUICK),--quick) $(if $(JSON),--json)
+
+.PHONY: bench-compare
+bench-compare: ## What changed from one report to another: OLD=a.json NEW=b.json
+	@test -n "$(OLD)" && test -n "$(NEW)" || { echo "usage: make bench-compare OLD=a.json NEW=b.json" >&2; exit 2; }
+	@$(CARGO) run --quiet --locked --release -p husk-bench -- compare "$(OLD)" "$(NEW)"
+
 .PHONY: testbed-shell
 testbed-shell: dist ## A root prompt in the testbed, Husk installed
 	@tests/testbed/shell --containerd $(CONTAINERD)
