@@ -9,13 +9,13 @@ use async_trait::async_trait;
 use husk_protocol::PROTOCOL_VERSION;
 use husk_protocol::messages as m;
 use husk_protocol::service::Agent;
-use rustix::time::{ClockId, Timespec, clock_settime};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 
 use crate::cgroup::CgroupError;
 use crate::guest::{self, Times};
 use crate::launch::LaunchError;
+use crate::reaper::realtime_ns;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::sys;
 
@@ -99,15 +99,6 @@ fn code_of(error: &SandboxError) -> Code {
     }
 }
 
-fn set_clock(realtime_ns: u64) -> std::io::Result<()> {
-    const NS: u64 = 1_000_000_000;
-    let time = Timespec {
-        tv_sec: i64::try_from(realtime_ns / NS).map_err(std::io::Error::other)?,
-        tv_nsec: i64::try_from(realtime_ns % NS).map_err(std::io::Error::other)?,
-    };
-    Ok(clock_settime(ClockId::Realtime, time)?)
-}
-
 fn add_entropy(bytes: &[u8]) -> std::io::Result<()> {
     let random = OpenOptions::new().write(true).open("/dev/random")?;
     sys::add_entropy(random.as_fd(), bytes)
@@ -135,7 +126,6 @@ impl Agent for Service {
             );
             return Err(status(Code::FAILED_PRECONDITION, &text));
         }
-        set_clock(request.realtime_ns).map_err(internal("set the clock"))?;
         if !request.entropy.is_empty() {
             add_entropy(&request.entropy).map_err(internal("add entropy"))?;
         }
@@ -154,13 +144,29 @@ impl Agent for Service {
         })
     }
 
-    async fn set_clock(
+    async fn read_clock(
         &self,
         _: &TtrpcContext,
-        request: m::SetClockRequest,
-    ) -> ttrpc::Result<m::SetClockResponse> {
-        set_clock(request.realtime_ns).map_err(internal("set the clock"))?;
-        Ok(m::SetClockResponse::default())
+        _: m::ReadClockRequest,
+    ) -> ttrpc::Result<m::ReadClockResponse> {
+        Ok(m::ReadClockResponse {
+            realtime_ns: realtime_ns(),
+            ..Default::default()
+        })
+    }
+
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: m::AdjustClockRequest,
+    ) -> ttrpc::Result<m::AdjustClockResponse> {
+        let adjusted = if request.gradually {
+            sys::slew_clock(request.adjust_ns)
+        } else {
+            sys::step_clock(request.adjust_ns)
+        };
+        adjusted.map_err(internal("adjust the clock"))?;
+        Ok(m::AdjustClockResponse::default())
     }
 
     async fn shutdown(

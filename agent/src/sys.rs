@@ -322,3 +322,34 @@ pub fn set_personality(domain: u32) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Moves the wall clock at once.
+pub(crate) fn step_clock(by_ns: i64) -> io::Result<()> {
+    const NS: i64 = 1_000_000_000;
+    // SAFETY: timex is made of integers alone, of which zero is a value.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
+    // The kernel wants the part of a second to be positive.
+    change.time.tv_sec = by_ns.div_euclid(NS);
+    change.time.tv_usec = by_ns.rem_euclid(NS);
+    adjust_clock(&mut change)
+}
+
+/// Moves the wall clock little by little, 500 microseconds a second.
+pub(crate) fn slew_clock(by_ns: i64) -> io::Result<()> {
+    const NS_PER_US: i64 = 1_000;
+    // SAFETY: timex is made of integers alone, of which zero is a value.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_OFFSET_SINGLESHOT;
+    change.offset = by_ns / NS_PER_US;
+    adjust_clock(&mut change)
+}
+
+fn adjust_clock(change: &mut libc::timex) -> io::Result<()> {
+    // SAFETY: change is a whole timex, read and filled in.
+    let state = unsafe { libc::adjtimex(change) };
+    if state < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

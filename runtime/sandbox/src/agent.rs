@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use husk_protocol::PROTOCOL_VERSION;
 use husk_protocol::messages::{HelloRequest, HelloResponse, ShutdownRequest};
@@ -44,7 +44,6 @@ impl Agent {
     ) -> Result<HelloResponse, StartError> {
         let mut request = HelloRequest::new();
         request.protocol_version = PROTOCOL_VERSION;
-        request.realtime_ns = realtime_ns();
         request.entropy = entropy();
         hostname.clone_into(&mut request.hostname);
         let answered = self
@@ -69,6 +68,11 @@ impl Agent {
             });
         }
         Ok(response)
+    }
+
+    /// For calls that end with the virtual machine by themselves.
+    pub(crate) fn client(&self) -> AgentClient {
+        self.client.clone()
     }
 
     /// Asks the guest to power itself off. The answer may be lost with the guest.
@@ -150,14 +154,6 @@ fn kind_of(code: Code) -> ErrorKind {
         Code::DEADLINE_EXCEEDED => ErrorKind::DeadlineExceeded,
         _ => ErrorKind::Internal,
     }
-}
-
-fn realtime_ns() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .ok()
-        .and_then(|since| u64::try_from(since.as_nanos()).ok())
-        .unwrap_or_default()
 }
 
 /// Seeds the guest's pool. Without it the guest still has its rng device.

@@ -17,6 +17,7 @@
 mod agent;
 mod cgroup;
 mod cleanup;
+mod clock;
 mod container;
 mod control;
 mod error;

@@ -20,7 +20,7 @@ use crate::netns::Netns;
 use crate::process::Identity;
 use crate::state::{Record, StateDir};
 use crate::vmm::{BootFiles, Spawned, Vmm};
-use crate::{CleanupError, Install, StartError, VmEnd, cgroup, cleanup};
+use crate::{CleanupError, Install, StartError, VmEnd, cgroup, cleanup, clock};
 
 /// What to start.
 #[derive(Debug, Clone)]
@@ -145,6 +145,7 @@ impl Sandbox {
                 return Err(error);
             }
         };
+        tokio::spawn(clock::keep(agent.client(), vmm.end_watch()));
         Ok(Self {
             timings: StartTimings {
                 prepare: prepared_at - began_at,

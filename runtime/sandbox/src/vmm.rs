@@ -230,6 +230,11 @@ impl Vmm {
         self.ended.borrow().clone()
     }
 
+    /// Becomes the end of the process.
+    pub(crate) fn end_watch(&self) -> watch::Receiver<Option<VmEnd>> {
+        self.ended.clone()
+    }
+
     /// Waits for the end of the process.
     pub(crate) async fn ended(&self) -> VmEnd {
         let mut ended = self.ended.clone();
