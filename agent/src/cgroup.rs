@@ -393,7 +393,7 @@ fn read_key(file: &OwnedFd, key: &str) -> io::Result<u64> {
 }
 
 /// What [`Cgroup::figures`] reads.
-const FIGURES: [&str; 20] = [
+const FIGURES: [&str; 22] = [
     "cpu.stat",
     "cpu.max",
     "cpu.weight",
@@ -414,6 +414,8 @@ const FIGURES: [&str; 20] = [
     "memory.swap.peak",
     "pids.current",
     "pids.max",
+    "rdma.current",
+    "rdma.max",
 ];
 
 /// Attaches a device program to a cgroup's directory.

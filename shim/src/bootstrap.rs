@@ -1,7 +1,7 @@
 //! What containerd runs this program for, besides the server: `start`, `delete`, `-info`.
 //!
 //! `start` finds the pod's server or makes one, and prints its address and nothing else: on
-//! containerd's side whatever is printed, to either output, is the address. The server inherits
+//! containerd's side whatever is printed, to either output, is the answer. The server inherits
 //! its listening socket as standard input, so that it can be dialled before it has even started.
 
 use std::fs;
@@ -23,6 +23,7 @@ use serde_json::Value;
 
 use crate::args::Arguments;
 use crate::convert::timestamp;
+use crate::params::{self, Params};
 
 /// Below [`STATE_DIR_ROOT`]: the servers' sockets, named by hash, since namespaces and ids together
 /// may be longer than a socket's path can be.
@@ -31,17 +32,22 @@ const SOCKETS_DIR: &str = "s";
 /// In the bundle: where containerd looks for the address after its own restart.
 const ADDRESS_FILE: &str = "address";
 
+/// The environment variable that names containerd's ttrpc socket.
+pub(crate) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+
 /// What a process that was killed by the machine's end is said to have ended with.
 const STATUS_KILLED: u32 = 137;
 
 /// Prints the address of the server of the task's pod, which is started if need be.
 pub(crate) fn start(arguments: &Arguments) -> anyhow::Result<()> {
     let pod = pod_of(Path::new("."), &arguments.id)?;
+    let params =
+        Params::read(arguments).context("cannot read containerd's parameters from stdin")?;
     let socket = socket_path(&arguments.namespace, &pod);
     let address = format!("unix://{}", socket.display());
     if pod == arguments.id {
         if let Some(listener) = listen(&socket)? {
-            let served = spawn_server(arguments, listener);
+            let served = spawn_server(arguments, params.as_ref(), listener);
             if served.is_err() {
                 // The error is about the server; a socket that stays is made anew next time.
                 let _ = fs::remove_file(&socket);
@@ -53,8 +59,12 @@ pub(crate) fn start(arguments: &Arguments) -> anyhow::Result<()> {
             .with_context(|| format!("the shim of pod {pod:?} does not answer at {socket:?}"))?;
     }
     write_address(&address).with_context(|| format!("cannot write {ADDRESS_FILE:?}"))?;
+    let answer = match params {
+        Some(_) => params::result(&address).context("cannot encode the answer")?,
+        None => address.into_bytes(),
+    };
     io::stdout()
-        .write_all(address.as_bytes())
+        .write_all(&answer)
         .context("cannot print the address")
 }
 
@@ -172,7 +182,11 @@ fn listen(socket: &Path) -> anyhow::Result<Option<UnixListener>> {
 }
 
 /// Runs this program as the pod's server, in a process group of its own.
-fn spawn_server(arguments: &Arguments, listener: UnixListener) -> anyhow::Result<()> {
+fn spawn_server(
+    arguments: &Arguments,
+    params: Option<&Params>,
+    listener: UnixListener,
+) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let mut command = Command::new(&program);
     command
@@ -183,8 +197,11 @@ fn spawn_server(arguments: &Arguments, listener: UnixListener) -> anyhow::Result
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .process_group(0);
-    if arguments.debug {
+    if arguments.debug || params.is_some_and(|params| params.debug) {
         command.arg("-debug");
+    }
+    if let Some(params) = params.filter(|params| !params.ttrpc_address.is_empty()) {
+        command.env(TTRPC_ADDRESS, &params.ttrpc_address);
     }
     let server = command
         .spawn()

@@ -229,3 +229,83 @@ async fn socket_appears(address: &Path) -> io::Result<()> {
         ready.clear_ready();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::Arc;
+
+    use async_trait::async_trait;
+    use containerd_shim_protos::api::Empty;
+    use containerd_shim_protos::protobuf::Message;
+    use containerd_shim_protos::shim_async::{Events, create_events};
+    use ttrpc::r#async::transport::Listener;
+    use ttrpc::r#async::{Server, TtrpcContext};
+
+    use super::*;
+
+    /// For an event to arrive that is due.
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    /// containerd's side: passes the pids of exit events on.
+    struct Containerd {
+        pids: mpsc::UnboundedSender<u32>,
+    }
+
+    #[async_trait]
+    impl Events for Containerd {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            let exit = TaskExit::parse_from_bytes(&request.envelope().event().value).unwrap();
+            self.pids.send(exit.pid()).unwrap();
+            Ok(Empty::new())
+        }
+    }
+
+    async fn serve(address: &Path, pids: &mpsc::UnboundedSender<u32>) -> Server {
+        let listener = UnixListener::bind(address).unwrap();
+        let containerd = Containerd { pids: pids.clone() };
+        let mut server = Server::new()
+            .add_listener(Listener::try_from(listener).unwrap())
+            .register_service(create_events(Arc::new(containerd)));
+        server.start().await.unwrap();
+        server
+    }
+
+    async fn expect(told: &mut mpsc::UnboundedReceiver<u32>, pids: std::ops::Range<u32>) {
+        for pid in pids {
+            let next = tokio::time::timeout(DEADLINE, told.recv()).await;
+            assert_eq!(next.unwrap(), Some(pid));
+        }
+    }
+
+    #[tokio::test]
+    async fn events_wait_for_a_containerd_that_is_away_and_keep_their_order() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = directory.path().join("ttrpc");
+        let (pids, mut told) = mpsc::unbounded_channel();
+        let publisher = Publisher::to_containerd(address.clone(), "n".to_owned());
+        let publish = |range: std::ops::Range<u32>| {
+            for pid in range {
+                let mut exit = TaskExit::new();
+                exit.set_pid(pid);
+                publisher.publish(Event::Exit(exit));
+            }
+        };
+        // Before containerd is there.
+        publish(0..3);
+        let mut server = serve(&address, &pids).await;
+        expect(&mut told, 0..3).await;
+
+        // While it restarts: the socket stays behind, as with one that was killed.
+        server.shutdown().await.unwrap();
+        drop(server);
+        publish(3..6);
+        tokio::task::yield_now().await;
+        std::fs::remove_file(&address).unwrap();
+        let _server = serve(&address, &pids).await;
+        publish(6..9);
+        expect(&mut told, 3..9).await;
+        publisher.flushed().await;
+        assert!(told.try_recv().is_err());
+    }
+}

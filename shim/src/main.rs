@@ -10,6 +10,8 @@ mod bootstrap;
 mod convert;
 mod events;
 mod log;
+mod logger;
+mod params;
 mod pod;
 mod rpc;
 mod server;
@@ -36,7 +38,11 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
-    let arguments = Arguments::parse(std::env::args_os().skip(1))?;
+    let mut raw = std::env::args_os().skip(1).peekable();
+    if raw.next_if(|first| first == logger::BECOME).is_some() {
+        return Err(logger::become_logger(raw)).context("cannot become the log driver");
+    }
+    let arguments = Arguments::parse(raw)?;
     match arguments.action {
         Action::Version => {
             println!(

@@ -13,13 +13,13 @@ use husk_sandbox::{
     ContainerError, ContainerRequest, Drained, ErrorKind, Install, ProcessIo, RootfsMount,
     STATE_DIR_ROOT, Sandbox, SandboxConfig, Settings, oci,
 };
-use rustix::io::dup;
+use rustix::io::fcntl_dupfd_cloexec;
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::Code;
 use ttrpc::r#async::transport::Listener;
 
 use crate::args::Arguments;
-use crate::bootstrap::socket_path;
+use crate::bootstrap::{TTRPC_ADDRESS, socket_path};
 use crate::events::Publisher;
 use crate::pod::{Exit, GuestProcess, NewContainer, Pod, PodError, PodMaker};
 use crate::service::{Service, chain};
@@ -34,6 +34,9 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long answers that are under way may take to leave as the server ends.
 const DISCONNECT_DEADLINE: Duration = Duration::from_secs(2);
+
+/// The first number of a descriptor that is not a standard stream.
+const FIRST_DESCRIPTOR: i32 = 3;
 
 /// What a process of a machine that is gone has ended with: 128 + SIGKILL.
 const STATUS_KILLED: u32 = 137;
@@ -53,16 +56,18 @@ pub(crate) fn serve(arguments: Arguments) -> anyhow::Result<()> {
 }
 
 async fn serve_pod(arguments: Arguments) -> anyhow::Result<()> {
-    let listener = dup(rustix::stdio::stdin()).context("cannot take over the socket")?;
+    let listener = fcntl_dupfd_cloexec(rustix::stdio::stdin(), FIRST_DESCRIPTOR)
+        .context("cannot take over the socket")?;
     let listener = Listener::try_from(UnixListener::from(listener))
         .context("standard input is not a listening socket: -serve is for `start` alone")?;
     let events = Publisher::to_containerd(ttrpc_address(&arguments), arguments.namespace.clone());
     let socket = socket_path(&arguments.namespace, &arguments.id);
+    let namespace = arguments.namespace.clone();
     let maker = Maker {
         namespace: arguments.namespace,
         id: arguments.id,
     };
-    let service = Service::new(maker, events.clone());
+    let service = Service::new(namespace, maker, events.clone());
     let [v2, v3] = rpc::services(service.clone());
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener)
@@ -89,7 +94,7 @@ async fn serve_pod(arguments: Arguments) -> anyhow::Result<()> {
 
 /// containerd's ttrpc socket: from the environment, else beside the gRPC socket.
 fn ttrpc_address(arguments: &Arguments) -> PathBuf {
-    match std::env::var_os("TTRPC_ADDRESS") {
+    match std::env::var_os(TTRPC_ADDRESS) {
         Some(address) if !address.is_empty() => address.into(),
         _ => format!("{}.ttrpc", arguments.address).into(),
     }
@@ -136,7 +141,10 @@ impl PodMaker for Maker {
         );
         let sandbox = Arc::new(sandbox);
         tokio::spawn(log_end(self.id.clone(), sandbox.clone()));
-        Ok(SandboxPod { sandbox })
+        Ok(SandboxPod {
+            sandbox,
+            ending: tokio::sync::Mutex::default(),
+        })
     }
 }
 
@@ -154,6 +162,8 @@ fn netns(spec: &oci::Spec) -> Option<PathBuf> {
 
 struct SandboxPod {
     sandbox: Arc<Sandbox>,
+    /// Held while the pod is ended: who asks for the same meanwhile waits for it.
+    ending: tokio::sync::Mutex<()>,
 }
 
 /// Says why a virtual machine has ended that nobody has asked to.
@@ -344,6 +354,7 @@ impl Pod for SandboxPod {
     }
 
     async fn shutdown(&self) {
+        let _ending = self.ending.lock().await;
         if let Err(error) = self.sandbox.shutdown(SHUTDOWN_DEADLINE).await {
             tracing::error!("something of the pod is left: {}", chain(&error));
         }

@@ -25,6 +25,7 @@ use ttrpc::Code;
 
 use crate::convert::timestamp;
 use crate::events::{Event, Publisher};
+use crate::logger::Owner;
 use crate::pod::{Exit, NewContainer, Pod, PodError, PodMaker, RootMount};
 use crate::state::{Refused, State, Step};
 use crate::stats::metrics;
@@ -50,6 +51,8 @@ impl From<Refused> for PodError {
 
 /// The tasks of one pod.
 pub(crate) struct Service<M: PodMaker> {
+    /// containerd's.
+    namespace: String,
     maker: M,
     pod: OnceCell<Arc<M::Pod>>,
     events: Publisher,
@@ -59,8 +62,9 @@ pub(crate) struct Service<M: PodMaker> {
 }
 
 impl<M: PodMaker + 'static> Service<M> {
-    pub(crate) fn new(maker: M, events: Publisher) -> Arc<Self> {
+    pub(crate) fn new(namespace: String, maker: M, events: Publisher) -> Arc<Self> {
         Arc::new(Self {
+            namespace,
             maker,
             pod: OnceCell::new(),
             events,
@@ -99,6 +103,14 @@ impl<M: PodMaker + 'static> Service<M> {
             .ok_or_else(|| PodError::new(Code::FAILED_PRECONDITION, "no container was created yet"))
     }
 
+    /// Whose output it is, for log drivers.
+    fn owner<'a>(&'a self, id: &'a str) -> Owner<'a> {
+        Owner {
+            namespace: &self.namespace,
+            id,
+        }
+    }
+
     /// The pid containerd is told, for every process: guest pids mean nothing on the host.
     fn pid(&self) -> u32 {
         self.pod.get().map_or(0, |pod| pod.host_pid())
@@ -128,7 +140,8 @@ impl<M: PodMaker + 'static> Service<M> {
             terminal: request.terminal(),
         };
         let (ends, held) = paths
-            .open()
+            .open(self.owner(id))
+            .await
             .map_err(|error| PodError::new(Code::INVALID_ARGUMENT, chain(&error)))?;
         let new = NewContainer {
             id: id.to_owned(),
@@ -179,10 +192,15 @@ impl<M: PodMaker + 'static> Service<M> {
         process: Vec<u8>,
     ) -> Result<(), PodError> {
         let task = self.task(id)?;
-        if task.init.state() == State::Stopped {
+        let unfit = match task.init.state() {
+            State::Stopped | State::Deleting | State::Deleted => Some("stopped"),
+            State::Paused => Some("paused"),
+            State::Created | State::Starting | State::Running => None,
+        };
+        if let Some(unfit) = unfit {
             return Err(PodError::new(
                 Code::FAILED_PRECONDITION,
-                "cannot exec in a stopped container",
+                format!("cannot exec in a {unfit} container"),
             ));
         }
         let exists = || {
@@ -195,7 +213,8 @@ impl<M: PodMaker + 'static> Service<M> {
             return Err(exists());
         }
         let (ends, held) = paths
-            .open()
+            .open(self.owner(exec))
+            .await
             .map_err(|error| PodError::new(Code::INVALID_ARGUMENT, chain(&error)))?;
         let terminal = paths.terminal;
         self.pod()?
@@ -323,9 +342,11 @@ impl<M: PodMaker + 'static> Service<M> {
         response.set_pid(self.pid());
         response.set_status(match process.state() {
             State::Created | State::Starting => Status::CREATED,
+            // The whole container is frozen, its execs too.
+            State::Running if task.init.state() == State::Paused => Status::PAUSED,
             State::Running => Status::RUNNING,
             State::Paused => Status::PAUSED,
-            State::Stopped | State::Deleting => Status::STOPPED,
+            State::Stopped | State::Deleting | State::Deleted => Status::STOPPED,
         });
         response.set_stdin(process.paths.stdin.clone());
         response.set_stdout(process.paths.stdout.clone());
@@ -352,9 +373,11 @@ impl<M: PodMaker + 'static> Service<M> {
                 "process not started: cannot signal",
             )),
             // The Go shim's words, which clients look for.
-            State::Stopped | State::Deleting => {
+            State::Stopped | State::Deleting | State::Deleted => {
                 Err(PodError::new(Code::NOT_FOUND, "process already finished"))
             }
+            // It only asks whether there is a process, as kill(2) has it.
+            _ if signal == 0 => Ok(()),
             _ => self.pod()?.signal_process(id, exec, signal, all).await,
         }
     }
@@ -366,7 +389,11 @@ impl<M: PodMaker + 'static> Service<M> {
         width: u32,
         height: u32,
     ) -> Result<(), PodError> {
-        self.process(id, exec)?;
+        let (_, process) = self.process(id, exec)?;
+        if !process.paths.terminal {
+            // As runc's shim has it: clients resize without asking whether there is a terminal.
+            return Ok(());
+        }
         self.pod()?.resize_terminal(id, exec, width, height).await
     }
 
@@ -438,7 +465,7 @@ impl<M: PodMaker + 'static> Service<M> {
     fn running(&self, id: &str) -> Result<(), PodError> {
         let task = self.task(id)?;
         match task.init.state() {
-            State::Stopped | State::Deleting => Err(PodError::new(
+            State::Stopped | State::Deleting | State::Deleted => Err(PodError::new(
                 Code::NOT_FOUND,
                 format!("task {id:?} has stopped"),
             )),
@@ -449,7 +476,16 @@ impl<M: PodMaker + 'static> Service<M> {
     pub(crate) async fn delete(&self, id: &str, exec: &str) -> Result<DeleteResponse, PodError> {
         let (_, process) = self.process(id, exec)?;
         let pod = self.pod()?;
-        let was_created = process.state() == State::Created;
+        let state = process.state();
+        if matches!(state, State::Deleting | State::Deleted) {
+            // Who comes second is told the same as who comes too late, and no sooner than it is so.
+            process.deleted().await;
+            return Err(PodError::new(
+                Code::NOT_FOUND,
+                format!("process {exec:?} of task {id:?} was deleted by another call"),
+            ));
+        }
+        let was_created = state == State::Created;
         process.step(Step::Delete)?;
         if !was_created {
             pod.output_drained(id, exec).await;
@@ -461,7 +497,7 @@ impl<M: PodMaker + 'static> Service<M> {
                 tracing::warn!(id, "a container that was never started outlives SIGKILL");
             }
         }
-        process.release_stdio();
+        process.release_stdio().finish().await;
         let pid = pod.host_pid();
         if exec.is_empty() {
             if let Err(error) = pod.delete_container(id).await {
@@ -492,6 +528,7 @@ impl<M: PodMaker + 'static> Service<M> {
             event.exited_at = response.exited_at.clone();
             self.events.publish(Event::Delete(event));
         }
+        process.step(Step::Deleted)?;
         Ok(response)
     }
 
@@ -502,6 +539,15 @@ impl<M: PodMaker + 'static> Service<M> {
             response.set_task_pid(self.pid());
         }
         response
+    }
+
+    /// What `Checkpoint` answers for a task that is there.
+    pub(crate) fn checkpoint(&self, id: &str) -> Result<(), PodError> {
+        self.task(id)?;
+        Err(PodError::new(
+            Code::UNIMPLEMENTED,
+            "checkpoints are not supported",
+        ))
     }
 
     /// Ends this process, unless containers are left and `now` is not set.

@@ -15,6 +15,8 @@ pub(crate) enum State {
     Stopped,
     /// It is being removed.
     Deleting,
+    /// It is removed; only who asked for it meanwhile still sees it.
+    Deleted,
 }
 
 /// What can happen to a process.
@@ -34,6 +36,8 @@ pub(crate) enum Step {
     Exit,
     /// Delete was called.
     Delete,
+    /// The removal is done.
+    Deleted,
 }
 
 /// A step that the state does not allow.
@@ -58,6 +62,7 @@ impl State {
             (S::Created | S::Running | S::Paused, E::Exit) => S::Stopped,
             // A container that was never started may be deleted.
             (S::Created | S::Stopped, E::Delete) => S::Deleting,
+            (S::Deleting, E::Deleted) => S::Deleted,
             (state, step) => return Err(Refused { state, step }),
         })
     }
@@ -70,6 +75,7 @@ impl State {
             Self::Paused => "paused",
             Self::Stopped => "stopped",
             Self::Deleting => "being deleted",
+            Self::Deleted => "deleted",
         }
     }
 }
@@ -81,7 +87,7 @@ impl Step {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Exit => "end",
-            Self::Delete => "delete",
+            Self::Delete | Self::Deleted => "delete",
         }
     }
 }
@@ -90,15 +96,16 @@ impl Step {
 mod tests {
     use super::*;
 
-    const STATES: [State; 6] = [
+    const STATES: [State; 7] = [
         State::Created,
         State::Starting,
         State::Running,
         State::Paused,
         State::Stopped,
         State::Deleting,
+        State::Deleted,
     ];
-    const STEPS: [Step; 7] = [
+    const STEPS: [Step; 8] = [
         Step::Start,
         Step::Started,
         Step::StartFailed,
@@ -106,16 +113,18 @@ mod tests {
         Step::Resume,
         Step::Exit,
         Step::Delete,
+        Step::Deleted,
     ];
 
     /// One row a state, one column a step, in the order above; `.` is refused.
-    const TABLE: [&str; 6] = [
-        "starting . . . . stopped deleting",
-        ". running stopped . . . .",
-        ". . . paused . stopped .",
-        ". . . . running stopped .",
-        ". . . . . . deleting",
-        ". . . . . . .",
+    const TABLE: [&str; 7] = [
+        "starting . . . . stopped deleting .",
+        ". running stopped . . . . .",
+        ". . . paused . stopped . .",
+        ". . . . running stopped . .",
+        ". . . . . . deleting .",
+        ". . . . . . . deleted",
+        ". . . . . . . .",
     ];
 
     #[test]

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats,
-    PidsStat,
+    PidsStat, RdmaEntry, RdmaStat,
 };
 use containerd_shim_protos::protobuf::MessageField;
 
@@ -30,6 +30,11 @@ pub(crate) fn metrics(files: &HashMap<String, String>) -> Metrics {
             usage: io_entries(files.text("io.stat")),
             psi: files.pressure("io.pressure"),
             ..IOStat::default()
+        }),
+        rdma: MessageField::some(RdmaStat {
+            current: rdma_entries(files.text("rdma.current")),
+            limit: rdma_entries(files.text("rdma.max")),
+            ..RdmaStat::default()
         }),
         hugetlb: huge_pages(&files),
         ..Metrics::default()
@@ -128,6 +133,27 @@ fn io_entries(text: &str) -> Vec<IOEntry> {
                 "wbytes" => entry.wbytes = value,
                 "rios" => entry.rios = value,
                 "wios" => entry.wios = value,
+                _ => {}
+            }
+        }
+        Some(entry)
+    };
+    text.lines().filter_map(entry).take(ENTRIES_MAX).collect()
+}
+
+/// Lines of `DEVICE hca_handle=N hca_object=N`.
+fn rdma_entries(text: &str) -> Vec<RdmaEntry> {
+    let entry = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let mut entry = RdmaEntry {
+            device: words.next()?.to_owned(),
+            ..RdmaEntry::default()
+        };
+        for (key, value) in words.filter_map(|word| word.split_once('=')) {
+            let value = u32::try_from(number(value)).unwrap_or(u32::MAX);
+            match key {
+                "hca_handle" => entry.hca_handles = value,
+                "hca_object" => entry.hca_objects = value,
                 _ => {}
             }
         }
@@ -252,6 +278,8 @@ mod tests {
             ),
             ("memory.events", "oom 2\noom_kill 1\n"),
             ("io.stat", "254:16 rbytes=10 wbytes=20 rios=1 wios=2\n7:0\n"),
+            ("rdma.current", "mlx4_0 hca_handle=2 hca_object=2000\n"),
+            ("rdma.max", "mlx4_0 hca_handle=max hca_object=3\n"),
             ("hugetlb.2MB.current", "0\n"),
             ("hugetlb.2MB.max", "max\n"),
             ("hugetlb.2MB.events", "max 4\n"),
@@ -274,6 +302,9 @@ mod tests {
             (254, 16)
         );
         assert_eq!(metrics.io.usage[0].wbytes, 20);
+        assert_eq!(metrics.rdma.current[0].device, "mlx4_0");
+        assert_eq!(metrics.rdma.current[0].hca_objects, 2000);
+        assert_eq!(metrics.rdma.limit[0].hca_handles, u32::MAX);
         assert_eq!(metrics.hugetlb[0].pagesize, "2MB");
         assert_eq!(metrics.hugetlb[0].max, u64::MAX);
         assert_eq!(metrics.hugetlb[0].failcnt, 4);

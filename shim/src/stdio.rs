@@ -1,14 +1,18 @@
 //! The files that containerd names for a process's stdin, stdout and stderr.
 //!
-//! They are FIFOs on which containerd's client holds the other ends, now, later, or never. The
-//! descriptors opened here go to the VMM, which moves the bytes; this process only keeps the ends
-//! that must stay open while a client comes and goes.
+//! They are FIFOs on which containerd's client holds the other ends, now, later, or never; or
+//! standard output names a file or a log driver, which then takes both outputs, as with runc's
+//! shim. The descriptors opened here go to the VMM, which moves the bytes; this process only keeps
+//! the ends that must stay open while a client comes and goes.
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags};
+
+use crate::logger::{Logger, LoggerError, LoggerUri, Owner, UriError, unescape};
 
 /// The paths of one process, empty for `/dev/null`, as in containerd's requests.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -27,7 +31,7 @@ pub(crate) struct Ends {
     pub(crate) stderr: Option<OwnedFd>,
 }
 
-/// The ends that only keep a FIFO alive.
+/// What only keeps the process's streams alive.
 #[derive(Debug, Default)]
 pub(crate) struct Held {
     /// A writer, so that a client that detaches does not end the process's input. Dropped by
@@ -36,12 +40,20 @@ pub(crate) struct Held {
     /// Readers, so that output is not refused while containerd restarts. Dropped once the
     /// process is deleted.
     _outputs: Vec<OwnedFd>,
+    logger: Option<Logger>,
 }
 
 impl Held {
     /// Ends the process's input once the client's own end is closed too.
     pub(crate) fn close_stdin(&mut self) {
         self.stdin = None;
+    }
+
+    /// Lets go of all of it; returns once a log driver has ended.
+    pub(crate) async fn finish(self) {
+        if let Some(logger) = self.logger {
+            logger.finish().await;
+        }
     }
 }
 
@@ -54,23 +66,43 @@ pub(crate) enum StdioError {
         path: PathBuf,
         source: io::Error,
     },
-    #[error("the process's {stream} is {uri:?}, and only FIFOs and file:// are supported")]
+    #[error(
+        "the process's {stream} is {uri:?}, and only FIFOs, file:// and, for stdout, binary:// are \
+         supported"
+    )]
     Scheme { stream: &'static str, uri: String },
     #[error("the process's {stream} {path:?} is not an absolute path")]
     Relative { stream: &'static str, path: PathBuf },
+    #[error("the process's {stream}")]
+    Uri {
+        stream: &'static str,
+        source: UriError,
+    },
+    #[error("cannot make the directory of {path:?}, the process's {stream}")]
+    Directory {
+        stream: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Logger(#[from] LoggerError),
 }
 
 /// What a stream's name means.
-enum Target<'a> {
+#[derive(Debug)]
+enum Target {
     /// A path without a scheme, or `fifo://`.
-    Plain(&'a Path),
+    Plain(PathBuf),
     /// `file://`: created where missing, appended to.
-    Log(&'a Path),
+    Log(PathBuf),
+    /// `binary://`.
+    Logger(LoggerUri),
 }
 
 impl Paths {
-    /// Opens all of them. Nothing stays open if one fails, and nothing waits for a client.
-    pub(crate) fn open(&self) -> Result<(Ends, Held), StdioError> {
+    /// Opens all of them. Nothing stays open if one fails, and nothing waits for a client; only a
+    /// log driver is waited for.
+    pub(crate) async fn open(&self, owner: Owner<'_>) -> Result<(Ends, Held), StdioError> {
         let mut ends = Ends::default();
         let mut held = Held::default();
         if !self.stdin.is_empty() {
@@ -78,17 +110,43 @@ impl Paths {
             ends.stdin = Some(end);
             held.stdin = keep;
         }
-        for (stream, uri, slot) in [
-            ("stdout", &self.stdout, &mut ends.stdout),
-            ("stderr", &self.stderr, &mut ends.stderr),
-        ] {
-            // A terminal's process has one output.
-            if uri.is_empty() || (self.terminal && stream == "stderr") {
-                continue;
+        let stdout = (!self.stdout.is_empty())
+            .then(|| target("stdout", &self.stdout))
+            .transpose()?;
+        // A terminal's process has one output.
+        let has_stderr = !self.stderr.is_empty() && !self.terminal;
+        match stdout {
+            Some(Target::Logger(uri)) => {
+                let (logger, inputs) = Logger::start(&uri, owner).await?;
+                held.logger = Some(logger);
+                ends.stdout = Some(inputs.stdout);
+                ends.stderr = Some(inputs.stderr).filter(|_| !self.terminal);
+                return Ok((ends, held));
             }
-            let (end, keep) = open_output(stream, uri)?;
-            *slot = Some(end);
-            held._outputs.extend(keep);
+            Some(Target::Log(path)) => {
+                ends.stdout = Some(open_log("stdout", &path)?);
+                if has_stderr {
+                    ends.stderr = Some(open_log("stderr", &path)?);
+                }
+                return Ok((ends, held));
+            }
+            Some(Target::Plain(path)) => {
+                let (end, keep) = open_output("stdout", &path)?;
+                ends.stdout = Some(end);
+                held._outputs.extend(keep);
+            }
+            None => {}
+        }
+        if has_stderr {
+            match target("stderr", &self.stderr)? {
+                Target::Plain(path) => {
+                    let (end, keep) = open_output("stderr", &path)?;
+                    ends.stderr = Some(end);
+                    held._outputs.extend(keep);
+                }
+                Target::Log(path) => ends.stderr = Some(open_log("stderr", &path)?),
+                Target::Logger(_) => return Err(scheme("stderr", &self.stderr)),
+            }
         }
         Ok((ends, held))
     }
@@ -96,57 +154,80 @@ impl Paths {
 
 fn open_input(uri: &str) -> Result<(OwnedFd, Option<OwnedFd>), StdioError> {
     let stream = "stdin";
-    let (Target::Plain(path) | Target::Log(path)) = target(stream, uri)?;
-    let end = open(stream, path, OFlags::RDONLY)?;
-    let keep = if is_fifo(stream, path, &end)? {
-        Some(open(stream, path, OFlags::WRONLY)?)
+    let (Target::Plain(path) | Target::Log(path)) = target(stream, uri)? else {
+        return Err(scheme(stream, uri));
+    };
+    let end = open(stream, &path, OFlags::RDONLY)?;
+    let keep = if is_fifo(stream, &path, &end)? {
+        Some(open(stream, &path, OFlags::WRONLY)?)
     } else {
         None
     };
     Ok((end, keep))
 }
 
-fn open_output(stream: &'static str, uri: &str) -> Result<(OwnedFd, Option<OwnedFd>), StdioError> {
-    match target(stream, uri)? {
-        Target::Log(path) => {
-            let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE;
-            Ok((open(stream, path, flags)?, None))
-        }
-        Target::Plain(path) => {
-            // A reader first: a writer alone is refused by a FIFO that nobody reads.
-            let keep = open(stream, path, OFlags::RDONLY)?;
-            let end = open(stream, path, OFlags::WRONLY)?;
-            let fifo = is_fifo(stream, path, &end)?;
-            Ok((end, fifo.then_some(keep)))
-        }
-    }
+fn open_output(
+    stream: &'static str,
+    path: &Path,
+) -> Result<(OwnedFd, Option<OwnedFd>), StdioError> {
+    // A reader first: a writer alone is refused by a FIFO that nobody reads.
+    let keep = open(stream, path, OFlags::RDONLY)?;
+    let end = open(stream, path, OFlags::WRONLY)?;
+    let fifo = is_fifo(stream, path, &end)?;
+    Ok((end, fifo.then_some(keep)))
 }
 
-fn target<'a>(stream: &'static str, uri: &'a str) -> Result<Target<'a>, StdioError> {
-    let target = match uri.split_once("://") {
-        None => Target::Plain(Path::new(uri)),
-        Some(("fifo", path)) => Target::Plain(Path::new(path)),
-        Some(("file", path)) => Target::Log(Path::new(path)),
-        Some(_) => {
-            return Err(StdioError::Scheme {
-                stream,
-                uri: uri.to_owned(),
-            });
-        }
-    };
-    let (Target::Plain(path) | Target::Log(path)) = target;
-    if path.is_relative() {
-        return Err(StdioError::Relative {
+/// A log file, made with its directory where missing.
+fn open_log(stream: &'static str, path: &Path) -> Result<OwnedFd, StdioError> {
+    if let Some(directory) = path.parent() {
+        let mut builder = std::fs::DirBuilder::new();
+        let made = builder.recursive(true).mode(0o755).create(directory);
+        made.map_err(|source| StdioError::Directory {
             stream,
             path: path.to_owned(),
-        });
+            source,
+        })?;
     }
-    Ok(target)
+    open(
+        stream,
+        path,
+        OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE,
+    )
+}
+
+fn target(stream: &'static str, uri: &str) -> Result<Target, StdioError> {
+    let invalid = |source| StdioError::Uri { stream, source };
+    let (is_log, path) = match uri.split_once("://") {
+        None => (false, uri.into()),
+        Some(("fifo", path)) => (false, path.into()),
+        Some(("file", path)) => (true, unescape(path).map_err(invalid)?.into()),
+        Some(("binary", text)) => {
+            return Ok(Target::Logger(LoggerUri::parse(text).map_err(invalid)?));
+        }
+        Some(_) => return Err(scheme(stream, uri)),
+    };
+    let path: PathBuf = path;
+    if path.is_relative() {
+        return Err(StdioError::Relative { stream, path });
+    }
+    Ok(if is_log {
+        Target::Log(path)
+    } else {
+        Target::Plain(path)
+    })
+}
+
+fn scheme(stream: &'static str, uri: &str) -> StdioError {
+    StdioError::Scheme {
+        stream,
+        uri: uri.to_owned(),
+    }
 }
 
 fn open(stream: &'static str, path: &Path, flags: OFlags) -> Result<OwnedFd, StdioError> {
     let flags = flags | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(|errno| StdioError::Open {
+    let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+    rustix::fs::open(path, flags, mode).map_err(|errno| StdioError::Open {
         stream,
         path: path.to_owned(),
         source: errno.into(),
@@ -182,13 +263,20 @@ mod tests {
         path.to_str().unwrap().to_owned()
     }
 
-    #[test]
-    fn bad_names_are_refused_with_the_stream_they_are_for() {
+    const OWNER: Owner<'_> = Owner {
+        namespace: "n",
+        id: "c",
+    };
+
+    #[tokio::test]
+    async fn bad_names_are_refused_with_the_stream_they_are_for() {
         for (stdout, wanted) in [
             (
-                "binary:///bin/log",
-                "the process's stdout is \"binary:///bin/log\", and only FIFOs",
+                "gopher:///bin/log",
+                "the process's stdout is \"gopher:///bin/log\", and only FIFOs",
             ),
+            ("binary://log", "the process's stdout"),
+            ("file:///a%", "the process's stdout"),
             (
                 "relative",
                 "the process's stdout \"relative\" is not an absolute path",
@@ -202,20 +290,21 @@ mod tests {
                 stdout: stdout.into(),
                 ..Paths::default()
             };
-            let error = paths.open().unwrap_err().to_string();
+            let error = paths.open(OWNER).await.unwrap_err().to_string();
             assert!(error.starts_with(wanted), "{error}");
         }
     }
 
-    #[test]
-    fn output_can_be_written_before_a_client_reads_and_ends_with_the_writer() {
+    #[tokio::test]
+    async fn output_can_be_written_before_a_client_reads_and_ends_with_the_writer() {
         let directory = tempfile::tempdir().unwrap();
         let stdout = fifo(directory.path(), "out");
         let (ends, held) = Paths {
             stdout: stdout.clone(),
             ..Paths::default()
         }
-        .open()
+        .open(OWNER)
+        .await
         .unwrap();
 
         let mut writer = File::from(ends.stdout.unwrap());
@@ -229,15 +318,16 @@ mod tests {
         assert_eq!(text, "early");
     }
 
-    #[test]
-    fn input_outlives_a_client_until_it_is_closed() {
+    #[tokio::test]
+    async fn input_outlives_a_client_until_it_is_closed() {
         let directory = tempfile::tempdir().unwrap();
         let stdin = fifo(directory.path(), "in");
         let (ends, mut held) = Paths {
             stdin: stdin.clone(),
             ..Paths::default()
         }
-        .open()
+        .open(OWNER)
+        .await
         .unwrap();
         let mut reader = File::from(ends.stdin.unwrap());
 
@@ -258,19 +348,24 @@ mod tests {
         assert_eq!(reader.read(&mut [0; 3]).unwrap(), 0);
     }
 
-    #[test]
-    fn log_files_are_created_and_appended_to() {
+    #[tokio::test]
+    async fn log_file_takes_both_outputs_and_is_made_where_it_is_missing() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("log");
-        fs::write(&path, "kept ").unwrap();
+        let path = directory.path().join("deep/er/my log");
+        let uri = format!("file://{}", path.display()).replace(' ', "%20");
         let paths = Paths {
-            stderr: format!("file://{}", path.display()),
+            stdout: uri.clone(),
+            stderr: uri,
             ..Paths::default()
         };
-        let (ends, _held) = paths.open().unwrap();
-        File::from(ends.stderr.unwrap())
-            .write_all(b"added")
-            .unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "kept added");
+        for words in ["first ", "second "] {
+            let (ends, _held) = paths.open(OWNER).await.unwrap();
+            for end in [ends.stdout, ends.stderr] {
+                let mut end = File::from(end.unwrap());
+                end.write_all(words.as_bytes()).unwrap();
+            }
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!(text, "first first second second ");
     }
 }

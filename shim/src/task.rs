@@ -60,9 +60,9 @@ impl Process {
         self.inner().held.close_stdin();
     }
 
-    /// Closes what only kept the FIFOs alive.
-    pub(crate) fn release_stdio(&self) {
-        self.inner().held = Held::default();
+    /// Takes away what only kept the streams alive.
+    pub(crate) fn release_stdio(&self) -> Held {
+        std::mem::take(&mut self.inner().held)
     }
 
     pub(crate) fn exit(&self) -> Option<Exit> {
@@ -86,6 +86,15 @@ impl Process {
             // The sender lives in self.
             let _ = exit.changed().await;
         }
+    }
+
+    /// Answers once the process is removed.
+    pub(crate) async fn deleted(&self) {
+        let _ = self
+            .state
+            .subscribe()
+            .wait_for(|state| *state == State::Deleted)
+            .await;
     }
 
     /// Answers once no start is under way.

@@ -86,7 +86,7 @@ impl Pod for FakePod {
     }
 
     async fn resize_terminal(&self, _: &str, _: &str, _: u32, _: u32) -> Result<(), PodError> {
-        Ok(())
+        Err(PodError::new(Code::FAILED_PRECONDITION, "no terminal"))
     }
 
     async fn processes(&self, _: &str) -> Result<Vec<GuestProcess>, PodError> {
@@ -127,6 +127,7 @@ impl Pod for FakePod {
     }
 
     async fn delete_container(&self, _: &str) -> Result<(), PodError> {
+        tokio::task::yield_now().await;
         Ok(())
     }
 
@@ -163,7 +164,7 @@ impl Fixture {
         .unwrap();
         let (publisher, events) = Publisher::channel();
         Self {
-            service: Service::new(FakeMaker, publisher),
+            service: Service::new("n".to_owned(), FakeMaker, publisher),
             events,
             bundle,
         }
@@ -389,4 +390,77 @@ async fn figures_and_limits_are_of_running_tasks() {
     service.wait("t1", "").await.unwrap();
     assert_eq!(code(service.stats("t1").await), Code::NOT_FOUND);
     assert_eq!(code(service.update("t1", limits).await), Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn second_delete_waits_for_the_first_and_finds_nothing() {
+    let mut fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("t1").await.unwrap();
+    service.start("t1", "").await.unwrap();
+    service.kill("t1", "", 9, false).await.unwrap();
+    service.wait("t1", "").await.unwrap();
+
+    let (first, second) = tokio::join!(service.delete("t1", ""), async {
+        let second = service.delete("t1", "").await;
+        assert_eq!(code(service.state("t1", "")), Code::NOT_FOUND);
+        second
+    });
+
+    assert_eq!(first.unwrap().exit_status(), 9);
+    assert_eq!(code(second), Code::NOT_FOUND);
+    let deletes = fixture.published().into_iter();
+    assert_eq!(deletes.filter(|event| event == "delete").count(), 1);
+}
+
+#[tokio::test]
+async fn resize_without_a_terminal_changes_nothing_and_is_no_error() {
+    let fixture = Fixture::new();
+    fixture.create("t1").await.unwrap();
+    fixture.service.resize("t1", "", 80, 24).await.unwrap();
+    let missing = fixture.service.resize("t1", "e1", 80, 24).await;
+    assert_eq!(code(missing), Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn paused_container_takes_no_execs_and_its_own_are_paused_too() {
+    let fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("t1").await.unwrap();
+    service.start("t1", "").await.unwrap();
+    service
+        .exec("t1", "e1", Paths::default(), Vec::new())
+        .await
+        .unwrap();
+    service.start("t1", "e1").await.unwrap();
+    service.pause("t1", true).await.unwrap();
+
+    let refused = service.exec("t1", "e2", Paths::default(), Vec::new()).await;
+    assert_eq!(code(refused), Code::FAILED_PRECONDITION);
+    let state = service.state("t1", "e1").unwrap();
+    assert_eq!(state.status(), Status::PAUSED);
+}
+
+#[tokio::test]
+async fn signal_zero_asks_and_sends_nothing() {
+    let fixture = Fixture::new();
+    let service = fixture.service.clone();
+    fixture.create("t1").await.unwrap();
+    service.start("t1", "").await.unwrap();
+    service.kill("t1", "", 0, false).await.unwrap();
+    assert_eq!(service.state("t1", "").unwrap().status(), Status::RUNNING);
+    service.kill("t1", "", 9, false).await.unwrap();
+    service.wait("t1", "").await.unwrap();
+    assert_eq!(
+        code(service.kill("t1", "", 0, false).await),
+        Code::NOT_FOUND
+    );
+}
+
+#[tokio::test]
+async fn checkpoint_is_not_implemented_for_tasks_that_are_there() {
+    let fixture = Fixture::new();
+    assert_eq!(code(fixture.service.checkpoint("t1")), Code::NOT_FOUND);
+    fixture.create("t1").await.unwrap();
+    assert_eq!(code(fixture.service.checkpoint("t1")), Code::UNIMPLEMENTED);
 }
