@@ -338,6 +338,14 @@ impl Pod for SandboxPod {
             .await
         {
             Ok(Drained::All) => {}
+            Ok(Drained::Lost(error)) => {
+                tracing::warn!(
+                    container,
+                    exec,
+                    error,
+                    "output is lost: it can't be written"
+                );
+            }
             Ok(Drained::NotInTime) => {
                 tracing::warn!(container, exec, "output is lost: nobody reads it");
             }

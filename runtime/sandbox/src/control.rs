@@ -16,6 +16,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
 
+use crate::error::cap_text;
 use crate::readiness;
 
 /// Makes calls to one VMM. Clones share the socket.
@@ -63,8 +64,9 @@ pub(crate) enum CallError {
     HungUp,
 }
 
-/// A stream's end, for any number of waiters. The sender is dropped as the stream closes.
-pub(crate) type StreamEnd = watch::Receiver<()>;
+/// A stream's end, for any number of waiters, with the error that its sink has met. The sender is
+/// dropped as the stream closes.
+pub(crate) type StreamEnd = watch::Receiver<Option<String>>;
 
 #[derive(Debug)]
 struct Inner {
@@ -79,7 +81,7 @@ struct Routes {
     /// The reader has ended: no call can be answered any more.
     is_over: bool,
     replies: HashMap<u64, oneshot::Sender<Result<Answer, Failure>>>,
-    streams: HashMap<u64, watch::Sender<()>>,
+    streams: HashMap<u64, watch::Sender<Option<String>>>,
 }
 
 /// A [`Channel`] as `AsyncFd` wants it.
@@ -148,7 +150,7 @@ impl Control {
         sink: Option<&OwnedFd>,
     ) -> Result<StreamEnd, CallError> {
         let stream = self.inner.next_stream.fetch_add(1, Ordering::Relaxed);
-        let (open, end) = watch::channel(());
+        let (open, end) = watch::channel(None);
         self.inner.routes().streams.insert(stream, open);
         let call = Call::Connect(Connect {
             port,
@@ -201,6 +203,11 @@ impl Reader {
                     let waiting = self.inner.routes().replies.remove(&id);
                     // Nobody waits any more: the caller's deadline has passed.
                     let _ = waiting.map(|waiting| waiting.send(result));
+                }
+                Message::Event(Event::StreamFailed { stream, text }) => {
+                    if let Some(end) = self.inner.routes().streams.get(&stream) {
+                        end.send_replace(Some(cap_text(&text)));
+                    }
                 }
                 Message::Event(Event::StreamClosed { stream, .. }) => {
                     self.inner.routes().streams.remove(&stream);
@@ -332,6 +339,36 @@ mod tests {
             Err(CallError::HungUp)
         ));
         fake.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn stream_that_failed_ends_with_its_error() {
+        let (control, reader, _, vmm) = pair();
+        tokio::spawn(reader.run());
+        let fake = thread::spawn(move || {
+            let connect = vmm.receive::<Request>().unwrap().0;
+            let Call::Connect(Connect { stream, .. }) = connect.call else {
+                panic!("no connect");
+            };
+            let (id, result) = (connect.id, Ok(Answer::Done));
+            let text = "full".to_owned();
+            for message in [
+                Message::Reply { id, result },
+                Message::Event(Event::StreamFailed { stream, text }),
+                Message::Event(Event::StreamClosed {
+                    stream,
+                    sent: 0,
+                    received: 0,
+                }),
+            ] {
+                vmm.send(&message, &[]).unwrap();
+            }
+            vmm
+        });
+        let mut end = control.connect(1, None, None).await.unwrap();
+        while end.changed().await.is_ok() {}
+        assert_eq!(end.borrow().as_deref(), Some("full"));
+        drop(fake.join().unwrap());
     }
 
     #[tokio::test]

@@ -309,6 +309,9 @@ impl<G: Guest> Control<'_, G> {
                         self.reply(id, Err(failure(&why.to_string())))?;
                     }
                 }
+                VsockEvent::SinkFailed { stream, why } => {
+                    self.send(&Message::Event(Event::StreamFailed { stream, text: why }))?;
+                }
                 VsockEvent::Closed {
                     stream,
                     sent,

@@ -28,10 +28,12 @@ pub struct ProcessIo {
 }
 
 /// How the process's output ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Drained {
     /// Every byte it wrote has been written to the sinks.
     All,
+    /// A sink has refused bytes with this error.
+    Lost(String),
     /// The deadline passed first: something holds the output open, or nobody reads it.
     NotInTime,
 }
@@ -70,13 +72,18 @@ impl Sandbox {
             .outputs
             .clone();
         let deadline = Instant::now() + deadline;
+        let mut drained = Drained::All;
         for mut output in outputs {
-            // Never changes; the error says that the stream is closed.
-            if timeout_at(deadline, output.changed()).await.is_err() {
+            // An error of a change says that the stream is closed.
+            let closed = async { while output.changed().await.is_ok() {} };
+            if timeout_at(deadline, closed).await.is_err() {
                 return Ok(Drained::NotInTime);
             }
+            if let Some(error) = output.borrow().clone() {
+                drained = Drained::Lost(error);
+            }
         }
-        Ok(Drained::All)
+        Ok(drained)
     }
 
     /// Ports for the streams that are there.

@@ -147,6 +147,14 @@ pub struct Failure {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case", tag = "event")]
 pub enum Event {
+    /// The sink of a connection has refused bytes, which are lost. [`Event::StreamClosed`] follows
+    /// when the guest has heard of it.
+    StreamFailed {
+        /// See [`Connect::stream`].
+        stream: u64,
+        /// The host's error.
+        text: String,
+    },
     /// Both directions of a connection are over, every byte the guest sent is written to the
     /// sink, and the descriptors are closed.
     StreamClosed {

@@ -96,6 +96,8 @@ pub(super) struct Connection {
     has_asked_for_credit: bool,
     sent: u64,
     received: u64,
+    /// Why the sink takes no more, until it is reported.
+    pub(super) failure: Option<io::Error>,
 }
 
 struct End {
@@ -148,6 +150,7 @@ impl Connection {
             has_asked_for_credit: false,
             sent: 0,
             received: 0,
+            failure: None,
         }
     }
 
@@ -336,11 +339,16 @@ impl Connection {
                 0
             }
             // A sink that takes nothing and does not say why would be asked for ever.
-            Ok(_) | Err(_) => {
-                self.break_sink();
-                0
-            }
+            Ok(_) => self.fail_sink(io::ErrorKind::WriteZero.into()),
+            Err(error) => self.fail_sink(error),
         }
+    }
+
+    /// Breaks the sink for a reason, while there are bytes for it. Takes none of them.
+    fn fail_sink(&mut self, why: io::Error) -> usize {
+        self.failure = Some(why);
+        self.break_sink();
+        0
     }
 
     fn receive_shutdown(&mut self, flags: u32) {

@@ -69,6 +69,14 @@ pub enum VsockEvent {
         /// Why.
         why: Refusal,
     },
+    /// The sink of an accepted connection has refused bytes that the guest sent. They are lost, and
+    /// the guest is told that nobody reads any more. Comes once at most.
+    SinkFailed {
+        /// See [`Connect::stream`].
+        stream: u64,
+        /// The error of the host.
+        why: String,
+    },
     /// An accepted connection is over: every byte the guest sent is written, and the descriptors
     /// are closed. No other event follows.
     Closed {

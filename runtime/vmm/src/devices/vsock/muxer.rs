@@ -344,6 +344,10 @@ impl Muxer {
         let Some(connection) = self.connections.get_mut(&host_port) else {
             return;
         };
+        if let (Some(why), Owner::Stream(stream)) = (connection.failure.take(), connection.owner) {
+            let why = why.to_string();
+            self.shared.report(VsockEvent::SinkFailed { stream, why });
+        }
         if !connection.is_over() || connection.phase == Phase::Requested {
             return;
         }

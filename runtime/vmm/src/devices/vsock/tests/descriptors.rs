@@ -255,6 +255,22 @@ fn pipe_that_breaks_while_bytes_wait_gives_their_credit_back() {
 }
 
 #[test]
+fn sink_that_is_full_for_good_is_reported_with_its_error() {
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let mut guest = Guest::new();
+    let socket = connect_half(&mut guest, sink(full), SHUTDOWN_SEND);
+
+    guest.send(&socket.data(b"lost"), b"lost");
+
+    assert_eq!(guest.expect(Op::Shutdown).flags, SHUTDOWN_BOTH);
+    let VsockEvent::SinkFailed { stream, why } = guest.event() else {
+        panic!("no report of the failure");
+    };
+    assert_eq!(stream, 5);
+    assert!(why.contains("No space left on device"), "{why}");
+}
+
+#[test]
 fn connection_with_neither_descriptor_only_touches_the_port() {
     let mut guest = Guest::new();
     let neither = Descriptors::Split {
