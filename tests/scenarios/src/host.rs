@@ -78,6 +78,12 @@ impl Process {
         Ok(())
     }
 
+    /// Sends a signal.
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        let pidfd = self.open()?.context("it has ended")?;
+        pidfd_send_signal(&pidfd, signal).context("cannot send a signal")
+    }
+
     /// Waits for its end; `false` if it does not come in time.
     pub(crate) fn ends_before(&self, deadline: Instant) -> Result<bool> {
         match self.open()? {
@@ -159,6 +165,17 @@ fn wait(fd: &impl std::os::fd::AsFd, events: PollFlags, deadline: Instant) -> Re
     let left = deadline.saturating_duration_since(Instant::now());
     let left = Timespec::try_from(left)?;
     Ok(poll(&mut [PollFd::new(fd, events)], Some(&left))? > 0)
+}
+
+/// The last line of containerd's log that has all these words.
+pub(crate) fn log_line(words: &[&str]) -> Result<String> {
+    let log = fs::read(LOG).context("cannot read containerd's log")?;
+    let log = String::from_utf8_lossy(&log);
+    let mut lines = log.lines().rev();
+    let line = lines.find(|line| words.iter().all(|word| line.contains(word)));
+    Ok(line
+        .with_context(|| format!("the log has no line with {words:?}"))?
+        .to_owned())
 }
 
 /// The end of containerd's log without what tells of good days.

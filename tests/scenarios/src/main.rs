@@ -16,10 +16,12 @@
 
 mod ctr;
 mod events;
+mod fifo;
 mod host;
 mod leftovers;
 mod list;
 mod pty;
+mod shim;
 mod table;
 
 use std::fs::{self, OpenOptions};

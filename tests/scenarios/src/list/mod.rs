@@ -1,9 +1,13 @@
 //! The scenarios.
 
 mod basics;
+mod clock;
 mod embedded;
+mod ends;
 mod faults;
 mod files;
+mod stdio;
+mod task_api;
 mod tasks;
 
 use anyhow::Result;
@@ -89,6 +93,17 @@ pub(crate) const ALL: &[Scenario] = &[
         tasks::figures_processes_and_pause(ctr)
     })
     .core(),
+    both("task_api_codes", |ctr| task_api::codes(ctr)).core(),
+    both("events_in_order", |ctr| ends::events_in_order(ctr)).core(),
+    both("streams", |ctr| stdio::streams(ctr)).full(),
+    both("many_execs", |ctr| stdio::many_execs(ctr)).full(),
+    both("very_many_execs", |ctr| stdio::very_many_execs(ctr)).full(),
+    both("wall_clock", |ctr| clock::wall_clock(ctr)).full(),
+    both("full_disk", |ctr| ends::full_disk(ctr)).full(),
+    both("shim_stopped", |ctr| ends::shim_stopped(ctr)).full(),
+    husk("guest_out_of_memory", |ctr| ends::guest_out_of_memory(ctr)),
+    husk("guest_panic", |ctr| ends::guest_panic(ctr)),
+    husk("agent_killed", |ctr| ends::agent_killed(ctr)),
     both("ten_at_once", |ctr| basics::ten_at_once(ctr)).core(),
     both("file_system", |ctr| files::file_system(ctr)),
     both("debian_work", files::debian_work),
