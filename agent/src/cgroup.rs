@@ -1,18 +1,21 @@
 //! A container's cgroup (version 2): limits, figures, freezing, killing.
 
 mod limits;
+mod thrashing;
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 use tokio::io::Interest;
 
 use self::limits::Setting;
+use self::thrashing::Watch;
 use crate::devices;
 use crate::oci::{Memory, Resources};
 
@@ -102,6 +105,7 @@ pub enum CgroupError {
 #[derive(Debug, Clone)]
 pub struct Cgroup {
     path: PathBuf,
+    watch: Arc<Watch>,
 }
 
 impl Cgroup {
@@ -120,7 +124,10 @@ impl Cgroup {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(failed(error)),
         }
-        Ok(Cgroup { path })
+        Ok(Cgroup {
+            path,
+            watch: Arc::default(),
+        })
     }
 
     /// Its directory.
@@ -131,8 +138,15 @@ impl Cgroup {
     /// Sets limits; those that are absent stay as they are. When one of them is refused, those before
     /// it are taken back.
     ///
-    /// The kernel makes room for a lower limit of memory before it returns.
+    /// The kernel makes room for a lower limit of memory before it returns. Must be called within
+    /// a runtime, as a cgroup with such a limit is watched.
     pub fn apply(&self, resources: &Resources) -> Result<(), CgroupError> {
+        self.watch.changing_limit(|| self.set_all(resources))?;
+        self.watch.begin(&self.path);
+        Ok(())
+    }
+
+    fn set_all(&self, resources: &Resources) -> Result<(), CgroupError> {
         if let Some(memory) = &resources.memory {
             self.check_usage(memory)?;
         }
@@ -361,12 +375,11 @@ impl Cgroup {
         let mut file = OpenOptions::new().write(true).open(self.path.join(file))?;
         file.write_all(value)
     }
+}
 
-    /// Its directory, opened.
-    pub fn open(&self) -> io::Result<OwnedFd> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(rustix::fs::open(&self.path, flags, Mode::empty())?)
-    }
+fn open(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
 /// Gives the controllers of a cgroup to those below it, each on its own: one that can't be given
@@ -420,9 +433,6 @@ const FIGURES: [&str; 22] = [
 
 /// Attaches a device program to a cgroup's directory.
 pub(crate) fn attach_to(path: &Path, program: impl AsFd) -> io::Result<()> {
-    let cgroup = Cgroup {
-        path: path.to_owned(),
-    }
-    .open()?;
+    let cgroup = open(path)?;
     crate::sys::attach_device_program(cgroup.as_fd(), program.as_fd())
 }

@@ -124,11 +124,19 @@ pub fn prepare() -> Result<(), GuestError> {
         kernel_mount.make()?;
     }
     delegate_controllers(Path::new(CGROUPS));
+    if let Err(error) = fs::write(WORKING_SET, WORKING_SET_MS) {
+        eprintln!("husk-agent: cannot protect the working set: {error}");
+    }
     if let Err(error) = raise_loopback() {
         eprintln!("husk-agent: cannot bring the loopback interface up: {error}");
     }
     Ok(())
 }
+
+/// What was used within this time is not thrown out of memory: somebody is killed before. Without
+/// it, a guest without memory would read its programs' pages again and again.
+const WORKING_SET: &str = "/sys/kernel/mm/lru_gen/min_ttl_ms";
+const WORKING_SET_MS: &str = "1000";
 
 /// Serves one connection to its end.
 pub async fn serve(connection: OwnedFd, service: Service) -> io::Result<()> {
