@@ -26,7 +26,7 @@ use ttrpc::Code;
 use crate::convert::timestamp;
 use crate::events::{Event, Publisher};
 use crate::logger::Owner;
-use crate::pod::{Exit, NewContainer, Pod, PodError, PodMaker, RootMount};
+use crate::pod::{Exit, GuestProcess, NewContainer, Pod, PodError, PodMaker, RootMount};
 use crate::state::{Refused, State, Step};
 use crate::stats::metrics;
 use crate::stdio::Paths;
@@ -36,6 +36,9 @@ use crate::task::{Process, Task};
 const STATUS_NOT_STARTED: u32 = 127;
 
 const SIGKILL: u32 = 9;
+
+/// proc_sys_kernel(5): no pid of any host is as high.
+const HOST_PIDS_MAX: u32 = 4 * 1024 * 1024;
 
 /// How long init's exit waits for what ends with it: execs, and the watch over its memory.
 const INIT_END_DEADLINE: Duration = Duration::from_secs(10);
@@ -114,6 +117,15 @@ impl<M: PodMaker + 'static> Service<M> {
     /// The pid containerd is told, for every process: guest pids mean nothing on the host.
     fn pid(&self) -> u32 {
         self.pod.get().map_or(0, |pod| pod.host_pid())
+    }
+
+    /// A process in a list of them. Clients look pids up on the host (`docker top`): init's is that
+    /// of the pod, as ever, and the others are none that a process of the host can have.
+    fn pid_of(&self, process: &GuestProcess) -> u32 {
+        match process.exec_id.as_deref() {
+            Some("") => self.pid(),
+            _ => process.pid.saturating_add(HOST_PIDS_MAX),
+        }
     }
 
     pub(crate) async fn create(
@@ -435,7 +447,7 @@ impl<M: PodMaker + 'static> Service<M> {
             .into_iter()
             .map(|process| {
                 let mut info = ProcessInfo::new();
-                info.set_pid(process.pid);
+                info.set_pid(self.pid_of(&process));
                 // The Go shim tells of execs, and of them only.
                 let exec = process.exec_id.filter(|exec| !exec.is_empty());
                 info.info = exec.map(|exec| process_details(&exec)).into();

@@ -90,10 +90,15 @@ impl Pod for FakePod {
     }
 
     async fn processes(&self, _: &str) -> Result<Vec<GuestProcess>, PodError> {
-        Ok(vec![GuestProcess {
-            pid: 7,
-            exec_id: Some("e1".to_owned()),
-        }])
+        let process = |pid, exec_id: Option<&str>| GuestProcess {
+            pid,
+            exec_id: exec_id.map(str::to_owned),
+        };
+        Ok(vec![
+            process(6, Some("")),
+            process(7, Some("e1")),
+            process(8, None),
+        ])
     }
 
     async fn pause(&self, _: &str) -> Result<(), PodError> {
@@ -367,12 +372,25 @@ async fn processes_say_which_exec_they_are() {
 
     let processes = fixture.service.pids("t1").await.unwrap();
 
-    assert_eq!(processes[0].pid(), 7);
+    assert!(processes[0].info.is_none());
     assert_eq!(
-        processes[0].info().type_url,
+        processes[1].info().type_url,
         "containerd.runc.v1.ProcessDetails"
     );
-    assert_eq!(processes[0].info().value, b"\x0a\x02e1");
+    assert_eq!(processes[1].info().value, b"\x0a\x02e1");
+    assert!(processes[2].info.is_none());
+}
+
+#[tokio::test]
+async fn pids_of_guests_are_none_of_the_hosts() {
+    let fixture = Fixture::new();
+    let told = fixture.create("t1").await.unwrap();
+
+    let processes = fixture.service.pids("t1").await.unwrap();
+
+    assert_eq!(processes[0].pid(), told);
+    assert_eq!(processes[1].pid(), HOST_PIDS_MAX + 7);
+    assert_eq!(processes[2].pid(), HOST_PIDS_MAX + 8);
 }
 
 #[tokio::test]
