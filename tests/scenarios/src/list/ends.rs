@@ -120,10 +120,8 @@ fn fill(ctr: &Ctr, small: &str) -> Result<()> {
     let mount = format!("type=bind,src={small},dst=/small,options=rbind:rw");
     ctr.detach(&["--mount", &mount], &["sleep", "1000"])?;
     let shim = Shim::of(&ctr.id)?;
-    let count = SMALL_BYTES * 2;
-    let script = format!(
-        "dd if=/dev/zero of=/small/file bs=1 count={count} 2>&1 | tail -n 1; rm /small/file"
-    );
+    let count = SMALL_BYTES * 2 / 1024;
+    let script = format!("dd if=/dev/zero of=/small/file bs=1k count={count} 2>&1; rm /small/file");
     let exec = [
         "task",
         "exec",
