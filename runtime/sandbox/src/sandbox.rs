@@ -259,17 +259,26 @@ pub(crate) async fn in_background<T: Send + 'static>(
     }
 }
 
-/// The end of a log that somebody untrusted may have written.
+/// The end of a log that somebody untrusted may have written. Of a kernel that panicked, what it
+/// panicked for, and not the stack that it prints last.
 fn last_words(log: &Path) -> String {
     let read = || -> io::Result<Vec<u8>> {
         let mut log = File::open(log)?;
         let length = log.metadata()?.len();
-        log.seek(SeekFrom::Start(length.saturating_sub(LAST_WORDS_BYTES_MAX)))?;
+        log.seek(SeekFrom::Start(length.saturating_sub(PANIC_BYTES_MAX)))?;
         let mut bytes = Vec::new();
-        log.take(LAST_WORDS_BYTES_MAX).read_to_end(&mut bytes)?;
+        log.take(PANIC_BYTES_MAX).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    cap_text(&String::from_utf8_lossy(&read().unwrap_or_default()))
+    let bytes = read().unwrap_or_default();
+    let panic = bytes
+        .windows(PANIC.len())
+        .rposition(|window| window == PANIC);
+    let end = bytes.len().saturating_sub(LAST_WORDS_BYTES_MAX);
+    let from = panic.unwrap_or(end);
+    cap_text(&String::from_utf8_lossy(
+        bytes.get(from..).unwrap_or_default(),
+    ))
 }
 
 fn own_identity() -> Option<Identity> {
@@ -338,7 +347,44 @@ fn boot_config(
 const SHARE_CACHE_MS: u64 = 1000;
 
 /// How much of a log's end is told.
-const LAST_WORDS_BYTES_MAX: u64 = 1024;
+const LAST_WORDS_BYTES_MAX: usize = 1024;
+
+/// How far before a log's end a panic is looked for.
+const PANIC_BYTES_MAX: u64 = 16 * 1024;
+
+/// What Linux says first as it panics.
+const PANIC: &[u8] = b"Kernel panic - not syncing";
 
 /// For the VMM to end when it is asked to.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words_of(log: &str) -> String {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console.log");
+        std::fs::write(&path, log).unwrap();
+        last_words(&path)
+    }
+
+    #[test]
+    fn panic_is_told_by_its_reason() {
+        let stack = "[    1.5]  ? do_syscall_64+0x6a/0x120\n".repeat(100);
+        let words = words_of(&format!(
+            "{stack}[    1.4] Kernel panic - not syncing: it was told to\n{stack}"
+        ));
+        assert!(
+            words.starts_with("Kernel panic - not syncing: it was told to"),
+            "{words}"
+        );
+    }
+
+    #[test]
+    fn other_logs_are_told_by_their_end() {
+        let words = words_of(&format!("{}the end", "x".repeat(5000)));
+        assert!(words.len() <= LAST_WORDS_BYTES_MAX && words.ends_with("the end"));
+        assert_eq!(last_words(Path::new("/no/such/log")), "");
+    }
+}
