@@ -211,7 +211,7 @@ pub(crate) const ALL: &[Measure] = &[
         Files,
         "fs_read_cached",
         "MB/s",
-        "read 64 MiB of a volume again, 1 MiB each",
+        "read 16 MiB of a volume again, 1 MiB each",
     )
     .more()
     .within(OfRunc(0.8)),

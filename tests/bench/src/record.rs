@@ -68,8 +68,6 @@ pub(crate) enum Record {
     },
     /// One start, taken apart.
     Trace(Trace),
-    /// Another, on a machine with an ordinary clock: its exits count, not its times.
-    Exits(Trace),
 }
 
 /// One start, from one trace.

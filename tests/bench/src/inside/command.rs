@@ -85,9 +85,9 @@ impl Running {
         let stderr = read_all(&mut self.stderr);
         ensure!(
             status.success(),
-            "{} ended with {status}: {}",
-            self.what,
-            stderr.trim()
+            "{} ({} ended with {status})",
+            stderr.trim(),
+            self.what
         );
         Ok(Ended {
             took,

@@ -7,6 +7,7 @@ mod containers;
 mod files;
 mod memory;
 mod network;
+mod pods;
 mod processes;
 mod sizes;
 mod smaps;
@@ -53,11 +54,11 @@ pub(crate) fn measure(suites: &[PathBuf], out: &Path, plan: Plan) -> Result<()> 
 fn run(suite: &Path, bench: &mut Bench) -> Result<()> {
     match suite.to_str() {
         Some("starts") => starts::measure(bench),
-        Some("exits") => starts::count_exits(bench),
         Some("concurrent") => concurrent::measure(bench),
         Some("memory") => memory::measure(bench),
         Some("files") => files::measure(bench),
         Some("network") => network::measure(bench),
+        Some("pods") => pods::measure(bench),
         Some("sizes") => sizes::measure(bench),
         _ => bail!("no such suite"),
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use super::Bench;
 use super::containerd;
 use super::containers::{self, Container};
-use super::trace::{self, Scope};
+use super::trace;
 use crate::record::{Record, Subject};
 
 /// Runs that are not counted: they fill caches.
@@ -81,7 +81,7 @@ fn split(ended: Result<super::command::Ended>) -> (Result<f64>, Result<f64>) {
 fn traced_starts(bench: &mut Bench, subject: Subject) -> Result<()> {
     for round in 0..TRACES {
         let id = format!("trace-{}-{round}", subject.name());
-        let traced = match trace::start(subject, &id, Scope::Programs) {
+        let traced = match trace::start(subject, &id) {
             Ok(traced) => traced,
             Err(error) => return bench.failure("vmm_to_hello", subject, &error),
         };
@@ -89,6 +89,8 @@ fn traced_starts(bench: &mut Bench, subject: Subject) -> Result<()> {
             let hello = traced.vmm_to_hello;
             let hello = hello.context("the shim's log does not say when the agent said hello");
             bench.sample_or_failure("vmm_to_hello", subject, hello)?;
+            let exits = u32::try_from(traced.exits)?;
+            bench.sample("start_exits", subject, f64::from(exits))?;
         }
         if round + 1 == TRACES {
             bench.write(&Record::Trace(traced.trace))?;
@@ -99,23 +101,6 @@ fn traced_starts(bench: &mut Bench, subject: Subject) -> Result<()> {
 
 /// The last one is told in full: the first finds tracing not set up.
 const TRACES: u32 = 3;
-
-/// Why the virtual CPU leaves the guest, and how often, in each phase of a start.
-pub(super) fn count_exits(bench: &mut Bench) -> Result<()> {
-    for round in 0..TRACES {
-        let id = format!("exits-{round}");
-        let traced = match trace::start(Subject::Husk, &id, Scope::ProgramsAndExits) {
-            Ok(traced) => traced,
-            Err(error) => return bench.failure("start_exits", Subject::Husk, &error),
-        };
-        let exits = u32::try_from(traced.exits)?;
-        bench.sample("start_exits", Subject::Husk, f64::from(exits))?;
-        if round + 1 == TRACES {
-            bench.write(&Record::Exits(traced.trace))?;
-        }
-    }
-    Ok(())
-}
 
 fn execs(bench: &mut Bench, subject: Subject) -> Result<()> {
     let rounds = WARM_UPS + bench.plan.choose(15, 7);

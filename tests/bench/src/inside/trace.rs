@@ -18,27 +18,7 @@ const TRACEFS: &str = "/sys/kernel/tracing";
 const LOG: &str = "/var/log/containerd.log";
 
 /// What is traced. All of it together slows a start by less than a per cent.
-const PROGRAMS: &str = "sched/sched_process_exec";
-const EXITS: &str = "kvm/kvm_exit";
-
-/// Whether exits of virtual CPUs are traced, too.
-///
-/// With a clock that counts instructions, QEMU 10.0.2 comes to a halt at the next start of a guest
-/// after they were: its thread of the virtual CPU spins and runs no instruction any more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Scope {
-    Programs,
-    ProgramsAndExits,
-}
-
-impl Scope {
-    fn events(self) -> &'static [&'static str] {
-        match self {
-            Self::Programs => &[PROGRAMS],
-            Self::ProgramsAndExits => &[PROGRAMS, EXITS],
-        }
-    }
-}
+const EVENTS: [&str; 2] = ["sched/sched_process_exec", "kvm/kvm_exit"];
 
 /// A start makes some thousand events of a hundred bytes.
 const BUFFER_KIB: &str = "16384";
@@ -117,9 +97,9 @@ pub(super) struct Traced {
 }
 
 /// Runs `echo` in a new container under trace.
-pub(super) fn start(subject: Subject, id: &str, scope: Scope) -> Result<Traced> {
+pub(super) fn start(subject: Subject, id: &str) -> Result<Traced> {
     let log_began = fs::metadata(LOG).map_or(0, |metadata| metadata.len());
-    let tracing = Tracing::begin(scope)?;
+    let tracing = Tracing::begin()?;
     let began = now()?;
     let ended = containers::run(subject, id, &[], &["echo", "hello"]);
     let text = tracing.end()?;
@@ -227,22 +207,20 @@ impl Points<'_> {
 }
 
 /// The kernel's tracing, on; off again when this goes.
-struct Tracing {
-    scope: Scope,
-}
+struct Tracing;
 
 impl Tracing {
-    fn begin(scope: Scope) -> Result<Self> {
+    fn begin() -> Result<Self> {
         set("tracing_on", "0")?;
         set("trace_clock", "mono")?;
         set("buffer_size_kb", BUFFER_KIB)?;
-        for event in scope.events() {
+        for event in EVENTS {
             set(&format!("events/{event}/enable"), "1")?;
         }
         // Opening it for writing empties it.
         set("trace", "")?;
         set("tracing_on", "1")?;
-        Ok(Self { scope })
+        Ok(Self)
     }
 
     /// All that was traced.
@@ -256,7 +234,7 @@ impl Tracing {
 impl Drop for Tracing {
     fn drop(&mut self) {
         let _ = set("tracing_on", "0");
-        for event in self.scope.events() {
+        for event in EVENTS {
             let _ = set(&format!("events/{event}/enable"), "0");
         }
     }

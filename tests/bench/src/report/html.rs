@@ -58,9 +58,6 @@ pub(super) fn page(results: &Results) -> String {
     page += &targets(results);
     page += &ratios(results);
     page += &starts(&results.traces);
-    for trace in &results.exits {
-        page += &exits(trace);
-    }
     page += "<h2>All figures</h2>\n";
     for section in Section::ALL {
         page += &table(results, section);
@@ -164,6 +161,7 @@ fn starts(traces: &[Trace]) -> String {
             trace.subject,
             svg::gantt(trace, end_s)
         );
+        text += &exits(trace);
     }
     text
 }
@@ -200,8 +198,8 @@ fn exits(trace: &Trace) -> String {
         rows += "</tr>\n";
     }
     format!(
-        "<h3>Exits of the virtual CPU</h3>\n<div class=\"wide\"><table>\n<caption>In each phase of \
-         one start, by KVM's reasons; counted in another run, with an ordinary clock</caption>\n<tr><th scope=\"col\">phase</th><th scope=\"col\">all</th>{head}</tr>\n\
+        "<div class=\"wide\"><table>\n<caption>Exits of the virtual CPU in each phase, by KVM's \
+         reasons</caption>\n<tr><th scope=\"col\">phase</th><th scope=\"col\">all</th>{head}</tr>\n\
          {rows}</table></div>\n"
     )
 }

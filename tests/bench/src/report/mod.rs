@@ -48,8 +48,6 @@ pub(crate) struct Results {
     /// What could not be measured: measure, subject, why.
     pub(crate) failures: Vec<(String, Subject, String)>,
     pub(crate) traces: Vec<Trace>,
-    /// Starts of which the exits were counted.
-    pub(crate) exits: Vec<Trace>,
 }
 
 impl Results {
@@ -72,7 +70,6 @@ impl Results {
                     why,
                 } => results.failures.push((measure, subject, why)),
                 Record::Trace(trace) => results.traces.push(trace),
-                Record::Exits(trace) => results.exits.push(trace),
             }
         }
         results

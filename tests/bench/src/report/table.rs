@@ -29,11 +29,11 @@ pub(super) fn text(results: &Results) -> String {
     }
     for trace in &results.traces {
         text += &phases(trace);
-    }
-    for trace in &results.exits {
         text += &exits(trace);
     }
     for (measure, subject, why) in &results.failures {
+        // The page has all of it.
+        let why: String = why.chars().take(WHY_CHARACTERS_MAX).collect();
         text += &format!("not measured: {measure} of {subject}: {why}\n");
     }
     text
@@ -107,6 +107,9 @@ fn phases(trace: &Trace) -> String {
 }
 
 fn exits(trace: &Trace) -> String {
+    if trace.phases.iter().all(|phase| phase.exits.is_empty()) {
+        return String::new();
+    }
     let mut text = "Exits of the virtual CPU in a start\n".to_owned();
     for phase in trace.phases.iter().filter(|phase| !phase.exits.is_empty()) {
         let all: u64 = phase.exits.iter().map(|(_, count)| count).sum();
@@ -121,6 +124,8 @@ fn exits(trace: &Trace) -> String {
     text.push('\n');
     text
 }
+
+const WHY_CHARACTERS_MAX: usize = 120;
 
 /// The page has them all.
 const REASONS_SHOWN_MAX: usize = 4;

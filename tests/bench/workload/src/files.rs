@@ -16,13 +16,13 @@ const SMALL: u64 = 4096;
 const BIG: u64 = 1024 * 1024;
 
 /// Fits every cache there is, the guest's as well.
-const FILE_BYTES: u64 = 64 * BIG;
+const FILE_BYTES: u64 = 16 * BIG;
 
 /// What is written at random places: the whole file again, in big pieces; fewer small ones.
-const RANDOM_SMALL_COUNT: u64 = 4096;
-const RANDOM_BIG_COUNT: u64 = 32;
-const FSYNC_SMALL_COUNT: u32 = 64;
-const FSYNC_BIG_COUNT: u32 = 16;
+const RANDOM_SMALL_COUNT: u64 = 1024;
+const RANDOM_BIG_COUNT: u64 = 16;
+const FSYNC_SMALL_COUNT: u32 = 32;
+const FSYNC_BIG_COUNT: u32 = 8;
 
 const INPUT: &str = "big";
 

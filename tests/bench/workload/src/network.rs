@@ -16,11 +16,11 @@ const PORT: u16 = 7100;
 /// For a connection, and for anything to come on it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-const STREAM_BYTES: u64 = 64 * 1024 * 1024;
+const STREAM_BYTES: u64 = 16 * 1024 * 1024;
 const BLOCK_BYTES: usize = 64 * 1024;
 
 /// Requests, and bytes in each and in its answer.
-const REQUESTS: u64 = 2000;
+const REQUESTS: u64 = 500;
 const REQUEST_BYTES: usize = 64;
 
 /// From the client, to the client, requests of the client.
