@@ -34,6 +34,8 @@ pub(crate) struct Arguments {
     /// The bundle's path, where containerd gives it (`delete`).
     pub(crate) bundle: PathBuf,
     pub(crate) debug: bool,
+    /// When `start` began that runs this server, as `monotonic_us` counts; 0: not said.
+    pub(crate) began_us: u64,
 }
 
 /// Why a command line was refused.
@@ -53,6 +55,8 @@ pub(crate) enum ArgumentsError {
     NoAction,
     #[error("unexpected argument {0:?} after the action")]
     Surplus(String),
+    #[error("flag -{flag}: {value:?} is not a number")]
+    NotANumber { flag: &'static str, value: String },
     #[error("flag -{flag}: {value:?} is not a valid identifier")]
     BadIdentifier { flag: &'static str, value: String },
 }
@@ -61,13 +65,14 @@ pub(crate) enum ArgumentsError {
 const IDENTIFIER_BYTES_MAX: usize = 76;
 
 /// The flags that take a value, and where it goes.
-const VALUE_FLAGS: [&str; 6] = [
+const VALUE_FLAGS: [&str; 7] = [
     "namespace",
     "id",
     "address",
     "bundle",
     "publish-binary",
     "socket",
+    "began-us",
 ];
 const BOOL_FLAGS: [&str; 4] = ["debug", "info", "v", "serve"];
 
@@ -111,7 +116,7 @@ impl Arguments {
             None if serve => Action::Serve,
             None => return Err(ArgumentsError::NoAction),
         };
-        let [namespace, id, address, bundle, _, _] = values;
+        let [namespace, id, address, bundle, _, _, began_us] = values;
         if !matches!(action, Action::Info | Action::Version) {
             identifier("namespace", &namespace)?;
             identifier("id", &id)?;
@@ -123,7 +128,18 @@ impl Arguments {
             address,
             bundle: bundle.into(),
             debug,
+            began_us: microseconds(began_us)?,
         })
+    }
+}
+
+fn microseconds(value: String) -> Result<u64, ArgumentsError> {
+    match value.as_str() {
+        "" => Ok(0),
+        text => text.parse().map_err(|_| ArgumentsError::NotANumber {
+            flag: "began-us",
+            value,
+        }),
     }
 }
 

@@ -18,7 +18,7 @@ use anyhow::{Context, bail};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use husk_sandbox::STATE_DIR_ROOT;
+use husk_sandbox::{STATE_DIR_ROOT, monotonic_us};
 use serde_json::Value;
 
 use crate::args::Arguments;
@@ -40,6 +40,7 @@ const STATUS_KILLED: u32 = 137;
 
 /// Prints the address of the server of the task's pod, which is started if need be.
 pub(crate) fn start(arguments: &Arguments) -> anyhow::Result<()> {
+    let began_us = monotonic_us();
     let pod = pod_of(Path::new("."), &arguments.id)?;
     let params =
         Params::read(arguments).context("cannot read containerd's parameters from stdin")?;
@@ -47,7 +48,7 @@ pub(crate) fn start(arguments: &Arguments) -> anyhow::Result<()> {
     let address = format!("unix://{}", socket.display());
     if pod == arguments.id {
         if let Some(listener) = listen(&socket)? {
-            let served = spawn_server(arguments, params.as_ref(), listener);
+            let served = spawn_server(arguments, params.as_ref(), listener, began_us);
             if served.is_err() {
                 // The error is about the server; a socket that stays is made anew next time.
                 let _ = fs::remove_file(&socket);
@@ -186,12 +187,14 @@ fn spawn_server(
     arguments: &Arguments,
     params: Option<&Params>,
     listener: UnixListener,
+    began_us: u64,
 ) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let mut command = Command::new(&program);
     command
         .args(["-namespace", &arguments.namespace, "-id", &arguments.id])
         .args(["-address", &arguments.address])
+        .args(["-began-us", &began_us.to_string()])
         .arg("-serve")
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .stdout(Stdio::null())

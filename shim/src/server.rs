@@ -5,13 +5,14 @@ use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use async_trait::async_trait;
 use husk_sandbox::{
     ContainerError, ContainerRequest, Drained, ErrorKind, Install, ProcessIo, RootfsMount,
-    STATE_DIR_ROOT, Sandbox, SandboxConfig, Settings, oci,
+    STATE_DIR_ROOT, Sandbox, SandboxConfig, Settings, monotonic_us, oci,
 };
 use rustix::io::fcntl_dupfd_cloexec;
 use tokio::signal::unix::{SignalKind, signal};
@@ -43,19 +44,20 @@ const STATUS_KILLED: u32 = 137;
 
 /// Serves until containerd asks for the end.
 pub(crate) fn serve(arguments: Arguments) -> anyhow::Result<()> {
+    let served_us = monotonic_us();
     log::init(arguments.debug);
     let served = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime of this process")?
-        .block_on(serve_pod(arguments));
+        .block_on(serve_pod(arguments, served_us));
     if let Err(error) = &served {
         tracing::error!("{error:#}");
     }
     served
 }
 
-async fn serve_pod(arguments: Arguments) -> anyhow::Result<()> {
+async fn serve_pod(arguments: Arguments, served_us: u64) -> anyhow::Result<()> {
     let listener = fcntl_dupfd_cloexec(rustix::stdio::stdin(), FIRST_DESCRIPTOR)
         .context("cannot take over the socket")?;
     let listener = Listener::try_from(UnixListener::from(listener))
@@ -66,6 +68,8 @@ async fn serve_pod(arguments: Arguments) -> anyhow::Result<()> {
     let maker = Maker {
         namespace: arguments.namespace,
         id: arguments.id,
+        began_us: arguments.began_us,
+        served_us,
     };
     let service = Service::new(namespace, maker, events.clone());
     let [v2, v3] = rpc::services(service.clone());
@@ -103,6 +107,9 @@ fn ttrpc_address(arguments: &Arguments) -> PathBuf {
 struct Maker {
     namespace: String,
     id: String,
+    /// When `start` began, and when this server did.
+    began_us: u64,
+    served_us: u64,
 }
 
 #[async_trait]
@@ -130,20 +137,15 @@ impl PodMaker for Maker {
         let sandbox = Sandbox::start(config)
             .await
             .map_err(|error| PodError::new(Code::INTERNAL, chain(&error)))?;
-        let took = sandbox.timings();
-        tracing::info!(
-            pod = self.id,
-            kernel = sandbox.guest().kernel_release,
-            prepare_ms = took.prepare.as_millis(),
-            vmm_ms = took.vmm.as_millis(),
-            guest_ms = took.guest.as_millis(),
-            "pod started"
-        );
         let sandbox = Arc::new(sandbox);
         tokio::spawn(log_end(self.id.clone(), sandbox.clone()));
         Ok(SandboxPod {
             sandbox,
             ending: tokio::sync::Mutex::default(),
+            id: self.id.clone(),
+            began_us: self.began_us,
+            served_us: self.served_us,
+            created_us: AtomicU64::new(0),
         })
     }
 }
@@ -160,10 +162,49 @@ fn netns(spec: &oci::Spec) -> Option<PathBuf> {
         .clone()
 }
 
+/// No moment, but the mark that the pod's start was told.
+const TOLD: u64 = u64::MAX;
+
 struct SandboxPod {
     sandbox: Arc<Sandbox>,
     /// Held while the pod is ended: who asks for the same meanwhile waits for it.
     ending: tokio::sync::Mutex<()>,
+    id: String,
+    began_us: u64,
+    served_us: u64,
+    /// When the first container was created; 0 before that, [`TOLD`] once its start is told.
+    created_us: AtomicU64,
+}
+
+impl SandboxPod {
+    /// Tells of the start of the pod and its first container: moments in the order in which they
+    /// come, microseconds of the host's CLOCK_MONOTONIC.
+    fn tell_start(&self, created_us: u64, start_us: u64) {
+        let at = self.sandbox.timings();
+        tracing::info!(
+            pod = self.id,
+            kernel = self.sandbox.guest().kernel_release,
+            prepare_ms = at.prepare().as_millis(),
+            vmm_ms = at.vmm().as_millis(),
+            guest_ms = at.guest().as_millis(),
+            guest_own_us = at.guest_own.as_micros(),
+            began_us = self.began_us,
+            served_us = self.served_us,
+            asked_us = at.asked_us,
+            prepared_us = at.prepared_us,
+            spawned_us = at.spawned_us,
+            jailed_us = at.jailed_us,
+            kvm_us = at.kvm_us,
+            loaded_us = at.loaded_us,
+            built_us = at.built_us,
+            entered_us = at.entered_us,
+            hello_us = at.hello_us,
+            created_us,
+            start_us,
+            started_us = monotonic_us(),
+            "pod started"
+        );
+    }
 }
 
 /// Says why a virtual machine has ended that nobody has asked to.
@@ -232,6 +273,12 @@ impl Pod for SandboxPod {
                 io: process_io(new.terminal, new.ends),
             })
             .await?;
+        // Only the first one is part of the pod's start.
+        let (unset, now) = (0, monotonic_us());
+        let relaxed = Ordering::Relaxed;
+        let _ = self
+            .created_us
+            .compare_exchange(unset, now, relaxed, relaxed);
         Ok(())
     }
 
@@ -256,7 +303,15 @@ impl Pod for SandboxPod {
     }
 
     async fn start_process(&self, container: &str, exec: &str) -> Result<(), PodError> {
+        let start_us = monotonic_us();
         self.sandbox.start_process(container, exec).await?;
+        match self.created_us.load(Ordering::Relaxed) {
+            0 | TOLD => {}
+            created_us => {
+                self.tell_start(created_us, start_us);
+                self.created_us.store(TOLD, Ordering::Relaxed);
+            }
+        }
         Ok(())
     }
 

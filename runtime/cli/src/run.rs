@@ -6,12 +6,12 @@ use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use husk_sandbox::{
     ContainerError, ContainerRequest, Drained, Install, ProcessIo, STATE_DIR_ROOT, Sandbox,
-    SandboxConfig, Settings, StartTimings,
+    SandboxConfig, Settings, StartTimings, monotonic_us,
 };
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
@@ -182,10 +182,10 @@ async fn run_sandbox(arguments: &Arguments) -> Result<u8> {
     };
     let mut report = Report::default();
     let ended = run_container(&sandbox, bundle, has_terminal, &mut signals, &mut report).await;
-    let stopping_at = Instant::now();
+    let stopping_us = monotonic_us();
     let shut_down = sandbox.shutdown(SHUTDOWN_DEADLINE).await;
     if arguments.timings {
-        report.print(sandbox.timings(), stopping_at.elapsed());
+        report.print(sandbox.timings(), stopping_us);
     }
     let status = ended?;
     shut_down?;
@@ -215,7 +215,6 @@ async fn run_container(
     signals: &mut Signals,
     report: &mut Report,
 ) -> Result<u8> {
-    let began_at = Instant::now();
     let request = ContainerRequest {
         id: CONTAINER.to_owned(),
         bundle: bundle.directory,
@@ -226,16 +225,14 @@ async fn run_container(
     let create = async {
         sandbox.create_container(request).await?;
         resize(sandbox).await;
-        report.create = began_at.elapsed();
-        let started_at = Instant::now();
+        report.created_us = monotonic_us();
         sandbox.start_process(CONTAINER, INIT).await?;
-        report.start = started_at.elapsed();
+        report.started_us = monotonic_us();
         Ok::<(), ContainerError>(())
     };
-    let running_at = match create.await {
-        Ok(()) => Instant::now(),
-        Err(error) => return command_failed(error),
-    };
+    if let Err(error) = create.await {
+        return command_failed(error);
+    }
     let _raw = match has_terminal && io::stdin().is_terminal() {
         true => Some(Raw::enter().context("cannot make the terminal raw")?),
         false => None,
@@ -249,7 +246,7 @@ async fn run_container(
         }
         number = signals.next() => return Ok(EXIT_SIGNAL.saturating_add(number)),
     }
-    report.run = running_at.elapsed();
+    report.first_output_us = sandbox.first_output_us(CONTAINER, INIT)?;
     Ok(status)
 }
 
@@ -399,29 +396,48 @@ impl Signals {
     }
 }
 
-/// How long what took.
+/// When what was done, beside what the sandbox itself keeps.
 #[derive(Debug, Default)]
 struct Report {
-    create: Duration,
-    start: Duration,
-    run: Duration,
+    created_us: u64,
+    started_us: u64,
+    first_output_us: Option<u64>,
 }
 
 impl Report {
-    fn print(&self, start: StartTimings, shutdown: Duration) {
-        let lines = [
-            ("share, cgroup and files", start.prepare),
-            ("virtual machine built and jailed", start.vmm),
-            ("guest booted, agent answered", start.guest),
-            ("container created", self.create),
-            ("command started", self.start),
-            ("command ran", self.run),
-            ("shut down and cleaned up", shutdown),
+    fn print(&self, start: StartTimings, stopping_us: u64) {
+        let phases = [
+            ("pod's directory, mounts, cgroup", start.prepared_us),
+            ("VMM spawned", start.spawned_us),
+            ("VMM jailed", start.jailed_us),
+            ("KVM ready", start.kvm_us),
+            ("kernel and initrd loaded", start.loaded_us),
+            ("machine built", start.built_us),
+            ("kernel entered", start.entered_us),
+            ("agent's hello", start.hello_us),
+            ("container created", self.created_us),
+            ("command executed", self.started_us),
+            ("first byte out", self.first_output_us.unwrap_or_default()),
+            ("command ended, output drained", stopping_us),
+            ("shut down and cleaned up", monotonic_us()),
         ];
-        for (phase, took) in lines {
-            eprintln!("husk: {:>10.1} ms  {phase}", took.as_secs_f64() * 1000.0);
+        eprintln!("husk:   at ms  took ms");
+        let mut before_us = start.asked_us;
+        // A phase that was not reached has no moment.
+        for (phase, at_us) in phases.into_iter().filter(|(_, at_us)| *at_us > 0) {
+            eprintln!(
+                "husk: {:>7}  {:>7}  {phase}",
+                ms(at_us.saturating_sub(start.asked_us)),
+                ms(at_us.saturating_sub(before_us)),
+            );
+            before_us = at_us;
         }
     }
+}
+
+/// Microseconds as milliseconds with one decimal.
+fn ms(us: u64) -> String {
+    format!("{}.{}", us / 1000, us % 1000 / 100)
 }
 
 /// `512`, `512M`, `2G`: MiB.

@@ -64,9 +64,19 @@ pub(crate) enum CallError {
     HungUp,
 }
 
-/// A stream's end, for any number of waiters, with the error that its sink has met. The sender is
-/// dropped as the stream closes.
-pub(crate) type StreamEnd = watch::Receiver<Option<String>>;
+/// What there is to know of a stream, for any number of waiters. The sender is dropped as the stream
+/// closes.
+pub(crate) type StreamEnd = watch::Receiver<StreamState>;
+
+/// See [`StreamEnd`].
+#[derive(Debug, Default)]
+pub(crate) struct StreamState {
+    /// The error that its sink has met.
+    pub(crate) failure: Option<String>,
+    /// When the guest's first byte was written to its sink; 0 before the stream's end, and where
+    /// there was none.
+    pub(crate) first_us: u64,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -81,7 +91,7 @@ struct Routes {
     /// The reader has ended: no call can be answered any more.
     is_over: bool,
     replies: HashMap<u64, oneshot::Sender<Result<Answer, Failure>>>,
-    streams: HashMap<u64, watch::Sender<Option<String>>>,
+    streams: HashMap<u64, watch::Sender<StreamState>>,
 }
 
 /// A [`Channel`] as `AsyncFd` wants it.
@@ -150,7 +160,7 @@ impl Control {
         sink: Option<&OwnedFd>,
     ) -> Result<StreamEnd, CallError> {
         let stream = self.inner.next_stream.fetch_add(1, Ordering::Relaxed);
-        let (open, end) = watch::channel(None);
+        let (open, end) = watch::channel(StreamState::default());
         self.inner.routes().streams.insert(stream, open);
         let call = Call::Connect(Connect {
             port,
@@ -206,11 +216,15 @@ impl Reader {
                 }
                 Message::Event(Event::StreamFailed { stream, text }) => {
                     if let Some(end) = self.inner.routes().streams.get(&stream) {
-                        end.send_replace(Some(cap_text(&text)));
+                        end.send_modify(|state| state.failure = Some(cap_text(&text)));
                     }
                 }
-                Message::Event(Event::StreamClosed { stream, .. }) => {
-                    self.inner.routes().streams.remove(&stream);
+                Message::Event(Event::StreamClosed {
+                    stream, first_us, ..
+                }) => {
+                    if let Some(end) = self.inner.routes().streams.remove(&stream) {
+                        end.send_modify(|state| state.first_us = first_us);
+                    }
                 }
                 Message::Event(Event::Exited { reason }) => exited = Some(reason),
             }
@@ -358,7 +372,8 @@ mod tests {
                 Message::Event(Event::StreamClosed {
                     stream,
                     sent: 0,
-                    received: 0,
+                    received: 7,
+                    first_us: 5,
                 }),
             ] {
                 vmm.send(&message, &[]).unwrap();
@@ -367,7 +382,8 @@ mod tests {
         });
         let mut end = control.connect(1, None, None).await.unwrap();
         while end.changed().await.is_ok() {}
-        assert_eq!(end.borrow().as_deref(), Some("full"));
+        assert_eq!(end.borrow().failure.as_deref(), Some("full"));
+        assert_eq!(end.borrow().first_us, 5);
         drop(fake.join().unwrap());
     }
 

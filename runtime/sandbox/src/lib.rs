@@ -31,19 +31,22 @@ mod sandbox;
 mod settings;
 mod spec;
 mod state;
+mod timings;
 mod vmm;
 
 pub use cleanup::{cleanup, cleanup_container, sandboxes};
 pub use container::{ContainerRequest, Drained, Exit, ListedProcess, ProcessIo, RootfsMount};
 pub use error::{CleanupError, ContainerError, ErrorKind, StartError, VmEnd};
 pub use hooks::{HookError, HookName};
+pub use husk_vmm_control::monotonic_us;
 pub use mounts::MountError;
 pub use oci_spec::runtime as oci;
-pub use sandbox::{GuestInfo, Sandbox, SandboxConfig, StartTimings};
+pub use sandbox::{GuestInfo, Sandbox, SandboxConfig};
 pub use settings::{
     Install, InstallError, LogSettings, SETTINGS_PATH, Settings, SettingsError, VmSettings,
 };
 pub use spec::SpecError;
+pub use timings::StartTimings;
 
 /// Where the pods' directories are: `STATE_DIR_ROOT/<namespace>/<pod>`.
 pub const STATE_DIR_ROOT: &str = "/run/husk";

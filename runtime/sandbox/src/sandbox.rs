@@ -6,11 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU32;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use husk_protocol::STREAM_PORT_MIN;
 use husk_protocol::messages::HelloResponse;
-use husk_vmm_control::BootConfig;
+use husk_vmm_control::{BootConfig, monotonic_us};
 use tokio::time::timeout;
 
 use crate::agent::Agent;
@@ -19,6 +19,7 @@ use crate::error::{cap_text, describe};
 use crate::netns::Netns;
 use crate::process::Identity;
 use crate::state::{Record, StateDir};
+use crate::timings::StartTimings;
 use crate::vmm::{BootFiles, Spawned, Vmm};
 use crate::{CleanupError, Install, StartError, VmEnd, cgroup, cleanup, clock};
 
@@ -73,19 +74,6 @@ pub struct GuestInfo {
     pub kernel_release: String,
 }
 
-/// How long the steps of a start took, in their order.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct StartTimings {
-    /// The pod's directory, its mounts and cgroup.
-    pub prepare: Duration,
-    /// The VMM process: spawned, machine built, jailed.
-    pub vmm: Duration,
-    /// From the guest's first instruction to the agent's answer.
-    pub guest: Duration,
-    /// The part of `guest` that the guest counts itself: kernel start to agent ready.
-    pub guest_own: Duration,
-}
-
 impl Sandbox {
     /// Starts a sandbox: afterwards the guest runs and its agent has answered.
     ///
@@ -110,7 +98,10 @@ impl Sandbox {
     }
 
     async fn start_in(config: &SandboxConfig, state: &StateDir) -> Result<Self, StartError> {
-        let began_at = Instant::now();
+        let mut timings = StartTimings {
+            asked_us: monotonic_us(),
+            ..StartTimings::default()
+        };
         state.create()?;
         let mut record = Record {
             owner: own_identity(),
@@ -119,7 +110,6 @@ impl Sandbox {
         };
         state.write_record(&record)?;
         let files = BootFiles::open(config, state)?;
-        let prepared_at = Instant::now();
 
         let (ours, theirs) = UnixStream::pair().map_err(|source| StartError::Spawn {
             path: config.install.vmm.clone(),
@@ -127,15 +117,18 @@ impl Sandbox {
             source,
         })?;
         let netns = make_netns(config).await?;
+        timings.prepared_us = monotonic_us();
         let spawned = Spawned::spawn(config, &netns, &files.vmm_log).await?;
+        timings.spawned_us = monotonic_us();
         let boot = boot_config(config, state, record.cgroup.as_deref())?;
-        let vmm = spawned
+        let (vmm, boot_times) = spawned
             .boot(boot, &files, theirs, |pid| {
                 record.vmm = Identity::of(pid).ok();
                 state.write_record(&record)
             })
             .await?;
-        let booted_at = Instant::now();
+        timings.set_boot(boot_times);
+        timings.entered_us = monotonic_us();
 
         let reached = Self::reach_agent(config, &vmm, ours).await;
         let (agent, hello) = match reached {
@@ -146,13 +139,10 @@ impl Sandbox {
             }
         };
         tokio::spawn(clock::keep(agent.client(), vmm.end_watch()));
+        timings.hello_us = monotonic_us();
+        timings.guest_own = Duration::from_nanos(hello.ready_at_ns);
         Ok(Self {
-            timings: StartTimings {
-                prepare: prepared_at - began_at,
-                vmm: booted_at - prepared_at,
-                guest: booted_at.elapsed(),
-                guest_own: Duration::from_nanos(hello.ready_at_ns),
-            },
+            timings,
             guest: GuestInfo {
                 agent_version: cap_text(&hello.agent_version),
                 kernel_release: cap_text(&hello.kernel_release),
@@ -192,7 +182,7 @@ impl Sandbox {
         &self.guest
     }
 
-    /// How long the start took.
+    /// When the steps of the start were done.
     pub fn timings(&self) -> StartTimings {
         self.timings
     }

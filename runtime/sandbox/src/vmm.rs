@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 use std::{fs, io};
 
-use husk_vmm_control::{Answer, BootConfig, Call, Channel, ExitReason};
+use husk_vmm_control::{Answer, BootConfig, BootTimes, Call, Channel, ExitReason};
 use rustix::process::Pid;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -108,7 +108,7 @@ impl Spawned {
         files: &BootFiles,
         agent: UnixStream,
         launched: impl FnOnce(i32) -> Result<(), StartError>,
-    ) -> Result<Vmm, StartError> {
+    ) -> Result<(Vmm, BootTimes), StartError> {
         let descriptors: [BorrowedFd<'_>; 5] = [
             files.kvm.as_fd(),
             files.kernel.as_fd(),
@@ -145,7 +145,15 @@ impl Spawned {
             answer.map_err(|error| refused("build the virtual machine", &error))
         };
         match built.await {
-            Ok(_) => Ok(vmm),
+            Ok(Answer::Booted(times)) => Ok((vmm, times)),
+            Ok(_) => {
+                let text = "it says something else".to_owned();
+                vmm.kill().await;
+                Err(StartError::Vmm {
+                    call: "build the virtual machine",
+                    text,
+                })
+            }
             Err(error) => {
                 vmm.kill().await;
                 Err(error)

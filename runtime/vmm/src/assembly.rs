@@ -7,7 +7,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use husk_virtiofs::{CachePolicy, Options, Server, ServerError};
-use husk_vmm_control::{ExitReason, Metrics};
+use husk_vmm_control::{BootTimes, ExitReason, Metrics, monotonic_us};
 
 use crate::boot_request::Boot;
 use crate::control::{Guest, describe};
@@ -30,6 +30,7 @@ const CONFINE_TIMEOUT: Duration = Duration::from_secs(30);
 pub(crate) struct Assembled {
     pub(crate) guest: JailedGuest,
     pub(crate) vsock: VsockHandle,
+    pub(crate) times: BootTimes,
 }
 
 /// Which part could not be had.
@@ -57,6 +58,7 @@ pub(crate) enum AssembleError {
 /// confined.
 pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
     let jailed = jail::enter(&boot.shared_dir, boot.cgroup_dir.as_deref())?;
+    let jailed_us = monotonic_us();
     let filters = Filters::compile()?;
     let server = share(jailed, boot.share_cache_ms)?;
     let queues = usize::from(boot.vcpus).min(REQUEST_QUEUES_MAX);
@@ -78,11 +80,18 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
         kvm: boot.files.kvm,
         devices,
     })?;
+    let times = blueprint.times();
     let machine = launch_confined(blueprint, &filters, threads)?;
     filters.install(ThreadKind::Control)?;
     Ok(Assembled {
         guest: JailedGuest { machine, server },
         vsock: handle,
+        times: BootTimes {
+            jailed_us,
+            kvm_us: times.kvm_us,
+            loaded_us: times.loaded_us,
+            built_us: monotonic_us(),
+        },
     })
 }
 

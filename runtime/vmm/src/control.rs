@@ -316,12 +316,14 @@ impl<G: Guest> Control<'_, G> {
                     stream,
                     sent,
                     received,
+                    first_us,
                 } => {
                     self.streams.remove(&stream);
                     self.send(&Message::Event(Event::StreamClosed {
                         stream,
                         sent,
                         received,
+                        first_us,
                     }))?;
                 }
                 // The parent sees it at its own end of the stream.

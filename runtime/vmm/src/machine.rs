@@ -11,6 +11,7 @@ use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use husk_vmm_control::monotonic_us;
 use kvm_ioctls::IoEventAddress;
 use kvm_ioctls::Kvm;
 use kvm_ioctls::VcpuFd;
@@ -137,6 +138,16 @@ pub struct Blueprint {
     bus: Arc<Bus>,
     seats: Vec<Seat>,
     end: Arc<End>,
+    times: BuildTimes,
+}
+
+/// When parts of a machine were there, as [`monotonic_us`] counts.
+#[derive(Debug, Clone, Copy)]
+pub struct BuildTimes {
+    /// KVM has made the machine.
+    pub kvm_us: u64,
+    /// Kernel, initrd and tables are in guest memory.
+    pub loaded_us: u64,
 }
 
 /// A machine whose threads exist. Its virtual CPUs stand still at first.
@@ -169,6 +180,7 @@ impl Blueprint {
         let memory = Memory::map(config.memory_bytes)?;
         let vm = create_vm(&kvm)?;
         memory.register(&vm)?;
+        let kvm_us = monotonic_us();
         let entry = boot::load(
             &memory,
             &config.kernel,
@@ -176,6 +188,7 @@ impl Blueprint {
             &command_line,
             config.vcpus,
         )?;
+        let loaded_us = monotonic_us();
         // Virtual CPUs get their local interrupt controllers from that of the machine.
         let template = Template::new(&kvm, config.vcpus)?;
         let vcpus = (0..config.vcpus)
@@ -193,7 +206,14 @@ impl Blueprint {
             bus: Arc::new(Bus::new(devices)),
             seats,
             end: Arc::new(end),
+            times: BuildTimes { kvm_us, loaded_us },
         })
+    }
+
+    /// When its parts were there.
+    #[must_use]
+    pub fn times(&self) -> BuildTimes {
+        self.times
     }
 
     /// Starts all threads; each calls `setup` first.

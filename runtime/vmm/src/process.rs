@@ -84,7 +84,7 @@ fn receive_boot(channel: &Channel) -> Result<Option<Received>, String> {
 /// The life of the process that becomes the virtual machine.
 fn run_jailed(channel: &Channel, id: u64, boot: Boot) -> ExitCode {
     let code = match assembly::assemble(boot) {
-        Ok(mut assembled) => match reply(channel, id, Ok(Answer::Done)) {
+        Ok(mut assembled) => match reply(channel, id, Ok(Answer::Booted(assembled.times))) {
             Ok(()) => serve(channel, &mut assembled),
             Err(_) => EXIT_FAILURE,
         },

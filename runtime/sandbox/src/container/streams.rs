@@ -79,11 +79,27 @@ impl Sandbox {
             if timeout_at(deadline, closed).await.is_err() {
                 return Ok(Drained::NotInTime);
             }
-            if let Some(error) = output.borrow().clone() {
+            if let Some(error) = output.borrow().failure.clone() {
                 drained = Drained::Lost(error);
             }
         }
         Ok(drained)
+    }
+
+    /// When the first byte of a process's output was written to its sink, once its streams are
+    /// closed, as [`monotonic_us`](crate::monotonic_us) counts.
+    ///
+    /// # Errors
+    /// [`ContainerError::NotFound`]
+    pub fn first_output_us(
+        &self,
+        container: &str,
+        exec_id: &str,
+    ) -> Result<Option<u64>, ContainerError> {
+        let mut containers = self.containers();
+        let outputs = &containers.process(container, exec_id)?.outputs;
+        let moments = outputs.iter().map(|output| output.borrow().first_us);
+        Ok(moments.filter(|moment| *moment > 0).min())
     }
 
     /// Ports for the streams that are there.

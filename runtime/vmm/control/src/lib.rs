@@ -15,6 +15,7 @@
 
 mod channel;
 
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 pub use channel::{Channel, ChannelError, DESCRIPTORS_MAX, MESSAGE_BYTES_MAX};
@@ -130,8 +131,33 @@ pub enum Message {
 pub enum Answer {
     /// Done; nothing more to say.
     Done,
+    /// To [`Call::Boot`]: the machine is built and jailed.
+    Booted(BootTimes),
     /// To [`Call::Metrics`].
     Metrics(Metrics),
+}
+
+/// When the steps of a boot were done, as [`monotonic_us`] counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootTimes {
+    /// The process has entered its jail.
+    pub jailed_us: u64,
+    /// KVM has made the machine.
+    pub kvm_us: u64,
+    /// Kernel, initrd and tables are in guest memory.
+    pub loaded_us: u64,
+    /// Everything is built, and every thread under its filter.
+    pub built_us: u64,
+}
+
+/// `CLOCK_MONOTONIC` in microseconds: the same for all processes of a host, and for its kernel's
+/// tracing.
+#[must_use]
+pub fn monotonic_us() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    // It counts from the host's start: neither part is ever negative.
+    now.tv_sec.unsigned_abs() * 1_000_000 + now.tv_nsec.unsigned_abs() / 1000
 }
 
 /// Why a call failed, for people.
@@ -164,6 +190,9 @@ pub enum Event {
         sent: u64,
         /// Bytes that came from the guest.
         received: u64,
+        /// When the first of them was written to the sink, as [`monotonic_us`] counts; 0: never.
+        #[serde(default)]
+        first_us: u64,
     },
     /// The virtual machine has ended; the process follows. The last message.
     Exited {

@@ -8,6 +8,7 @@ use std::io;
 use std::rc::Rc;
 use std::time::Instant;
 
+use husk_vmm_control::monotonic_us;
 use rustix::net::Shutdown;
 
 use super::credit::Credit;
@@ -98,6 +99,7 @@ pub(super) struct Connection {
     received: u64,
     /// Why the sink takes no more, until it is reported.
     pub(super) failure: Option<io::Error>,
+    first_us: u64,
 }
 
 struct End {
@@ -151,7 +153,13 @@ impl Connection {
             sent: 0,
             received: 0,
             failure: None,
+            first_us: 0,
         }
+    }
+
+    /// When the sink took its first byte, as `monotonic_us` counts; 0: never.
+    pub(super) fn first_us(&self) -> u64 {
+        self.first_us
     }
 
     /// Bytes to the guest, and bytes from it that the sink took.
@@ -328,6 +336,9 @@ impl Connection {
     fn wrote(&mut self, result: io::Result<usize>) -> usize {
         match result {
             Ok(bytes) if bytes > 0 => {
+                if self.received == 0 {
+                    self.first_us = monotonic_us();
+                }
                 self.received += bytes as u64;
                 self.credit.forwarded(bytes);
                 bytes

@@ -86,6 +86,8 @@ pub enum VsockEvent {
         sent: u64,
         /// Bytes that the guest sent and the sink took.
         received: u64,
+        /// When the sink took the first of them, as `monotonic_us` counts; 0: never.
+        first_us: u64,
     },
     /// The agent's own connection is over.
     AgentClosed {

@@ -358,6 +358,7 @@ impl Muxer {
                     stream,
                     sent,
                     received,
+                    first_us: connection.first_us(),
                 },
                 Owner::Agent => VsockEvent::AgentClosed { sent, received },
             });

@@ -149,6 +149,7 @@ fn guest_that_never_confirms_the_end_is_reset() {
         stream: 5,
         sent: 0,
         received: 0,
+        first_us: 0,
     };
     let connected = VsockEvent::Connected { stream: 5 };
     assert_eq!(take_events(&bench), [connected, closed]);

@@ -114,6 +114,7 @@ fn regular_file_is_sent_to_its_end() {
         stream: 5,
         sent: 10_000,
         received: 0,
+        first_us: 0,
     };
     assert_eq!(guest.event(), over);
 }
@@ -140,6 +141,7 @@ fn null_device_ends_at_once_as_a_source_and_swallows_as_a_sink() {
         stream: 5,
         sent: 0,
         received: 4,
+        first_us: 0,
     };
     assert_eq!(guest.event(), over);
 }
@@ -189,6 +191,7 @@ fn full_pipe_holds_the_rest_until_it_is_read() {
             stream: 5,
             sent: 0,
             received: 200_000,
+            first_us: 0,
         };
         assert_eq!(guest.event(), over);
     }
@@ -228,6 +231,7 @@ fn pipe_that_nobody_reads_any_more_is_reported_to_the_guest() {
         stream: 5,
         sent: 0,
         received: 0,
+        first_us: 0,
     };
     assert_eq!(guest.event(), over);
 }
@@ -285,6 +289,7 @@ fn connection_with_neither_descriptor_only_touches_the_port() {
         stream: 5,
         sent: 0,
         received: 0,
+        first_us: 0,
     };
     assert_eq!(guest.event(), over);
 }

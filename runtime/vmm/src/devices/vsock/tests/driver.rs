@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
+use husk_vmm_control::monotonic_us;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -256,13 +257,22 @@ impl Guest {
         (socket, ours)
     }
 
-    /// The next event of the handle.
+    /// The next event of the handle. Its time is compared with the clock and left out: zero.
     pub(super) fn event(&mut self) -> VsockEvent {
         if self.events.is_empty() {
             wait_for(self.handle.events_fd());
             self.events.extend(self.handle.take_events());
         }
-        self.events.pop_front().unwrap()
+        let mut event = self.events.pop_front().unwrap();
+        if let VsockEvent::Closed {
+            received, first_us, ..
+        } = &mut event
+        {
+            assert_eq!(*received > 0, *first_us > 0);
+            assert!(*first_us <= monotonic_us());
+            *first_us = 0;
+        }
+        event
     }
 
     pub(super) fn write(&self, at: u64, bytes: &[u8]) {

@@ -248,6 +248,7 @@ fn flow_both_ways(mut guest: Guest) {
         stream: 5,
         sent: BYTES as u64,
         received: BYTES as u64,
+        first_us: 0,
     };
     assert_eq!(guest.event(), over);
 }

@@ -13,6 +13,7 @@ fn closed(stream: u64, sent: u64, received: u64) -> VsockEvent {
         stream,
         sent,
         received,
+        first_us: 0,
     }
 }
 

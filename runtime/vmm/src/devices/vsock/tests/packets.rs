@@ -119,6 +119,7 @@ fn operation_that_an_open_connection_forbids_ends_it_with_reset() {
             stream: 5,
             sent: 0,
             received: 0,
+            first_us: 0,
         };
         assert_eq!(guest.event(), closed);
         assert_eq!(guest.handle.counters().open, 0);
