@@ -1,16 +1,16 @@
 //! The guest's RAM.
 //!
 //! Anonymous memory that the host provides page by page as the guest touches it. This is one of the
-//! modules that allow unsafe code: KVM is told host addresses, and files are read to them.
+//! modules that allow unsafe code: KVM is told host addresses.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use kvm_bindings::KVM_MEM_READONLY;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use vm_memory::FileOffset;
 use vm_memory::GuestAddress;
 use vm_memory::GuestMemoryBackend;
 use vm_memory::GuestMemoryMmap;
@@ -19,6 +19,7 @@ use vm_memory::GuestRegionMmap;
 use vm_memory::MmapRegion;
 use vm_memory::VolatileMemory;
 use vm_memory::VolatileSlice;
+use vm_memory::mmap::MmapRegionError;
 
 use crate::layout::HOLE_END;
 use crate::layout::HOLE_START;
@@ -45,7 +46,7 @@ pub enum MemoryError {
         /// Size of the region.
         bytes: u64,
         /// Why.
-        source: vm_memory::mmap::MmapRegionError,
+        source: MmapRegionError,
     },
     /// The regions make no address space.
     #[error("cannot lay out guest memory")]
@@ -122,9 +123,12 @@ impl Memory {
         Ok(())
     }
 
-    /// Reads `bytes` bytes of `file`, from `offset` on, to guest memory at `start`, without a copy
-    /// in between. The file's own position stays.
-    pub(crate) fn read_file(
+    /// Copies `bytes` bytes of `file`, from `offset` on, to guest memory at `start`, from a mapping of
+    /// it. The kernel would copy the same for a read, but in pieces of a page, each with its own
+    /// way into this process and back.
+    ///
+    /// A file that somebody cuts short meanwhile ends this process with SIGBUS.
+    pub(crate) fn load_file(
         &self,
         file: &File,
         offset: u64,
@@ -132,41 +136,34 @@ impl Memory {
         bytes: u64,
     ) -> io::Result<()> {
         let outside = |_| io::Error::new(io::ErrorKind::InvalidInput, "not in guest memory");
-        let mut done = 0_u64;
-        while done < bytes {
-            let at = start
-                .0
-                .checked_add(done)
-                .map(GuestAddress)
-                .ok_or(io::ErrorKind::InvalidInput)?;
-            let left = usize::try_from(bytes - done).unwrap_or(usize::MAX);
-            let slice = self.mmap.get_slice(at, left).map_err(outside)?;
-            let position = offset
-                .checked_add(done)
-                .and_then(|position| libc::off_t::try_from(position).ok())
-                .ok_or(io::ErrorKind::InvalidInput)?;
-            let target = slice.ptr_guard_mut();
-            // SAFETY: the slice is checked to lie in mapped, writable memory, and only its length is
-            // written. Nothing else uses the memory: the guest does not run yet.
-            let read = unsafe {
-                libc::pread(
-                    file.as_raw_fd(),
-                    target.as_ptr().cast(),
-                    target.len(),
-                    position,
-                )
-            };
-            match u64::try_from(read) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(read) => done += read,
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
-                    }
-                }
-            }
+        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let length = usize::try_from(bytes).map_err(invalid)?;
+        if length == 0 {
+            return Ok(());
         }
+        let target = self.mmap.get_slice(start, length).map_err(outside)?;
+        // A page that is mapped but not in the file is a SIGBUS for whoever touches it.
+        let file_bytes = file.metadata()?.len();
+        if offset.checked_add(bytes).is_none_or(|end| end > file_bytes) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // A mapping starts with a page.
+        let surplus = offset % PAGE_BYTES;
+        let skipped = usize::try_from(surplus).map_err(invalid)?;
+        let view = MmapRegion::<()>::build(
+            Some(FileOffset::new(file.try_clone()?, offset - surplus)),
+            length
+                .checked_add(skipped)
+                .ok_or(io::ErrorKind::InvalidInput)?,
+            libc::PROT_READ,
+            libc::MAP_PRIVATE | libc::MAP_POPULATE,
+        );
+        let view = view.map_err(|error| match error {
+            MmapRegionError::Mmap(error) => error,
+            other => io::Error::new(io::ErrorKind::InvalidInput, other),
+        })?;
+        let source = view.get_slice(skipped, length).map_err(io::Error::other)?;
+        source.copy_to_volatile_slice(target);
         Ok(())
     }
 }
@@ -258,7 +255,7 @@ mod tests {
         let mut file = tempfile();
         file.write_all(b"short").unwrap();
 
-        let read = memory.read_file(&file, 1, GuestAddress(0), 5);
+        let read = memory.load_file(&file, 1, GuestAddress(0), 5);
 
         assert_eq!(read.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
@@ -269,7 +266,7 @@ mod tests {
         let mut file = tempfile();
         file.write_all(&[1; 8192]).unwrap();
 
-        let read = memory.read_file(&file, 0, GuestAddress((1 << 20) - 4096), 8192);
+        let read = memory.load_file(&file, 0, GuestAddress((1 << 20) - 4096), 8192);
 
         assert_eq!(read.unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
@@ -280,7 +277,7 @@ mod tests {
         let mut file = tempfile();
         file.write_all(b"0123456789").unwrap();
 
-        memory.read_file(&file, 3, GuestAddress(0x1001), 4).unwrap();
+        memory.load_file(&file, 3, GuestAddress(0x1001), 4).unwrap();
 
         let mut read = [0; 6];
         memory

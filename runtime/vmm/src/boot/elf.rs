@@ -153,7 +153,7 @@ fn load_segment(
         .map(|end| start..end)
         .ok_or(KernelError::Segment { start, bytes })?;
     memory
-        .read_file(file, offset, GuestAddress(start), file_bytes)
+        .load_file(file, offset, GuestAddress(start), file_bytes)
         .map_err(|source| KernelError::Read {
             what: "segments",
             source,

@@ -94,7 +94,7 @@ fn write(memory: &Memory, what: &'static str, start: u64, bytes: &[u8]) -> Resul
         .map_err(|source| BootError::Table { what, source })
 }
 
-/// Reads the initrd to the end of low memory, where it is least in the way.
+/// Loads the initrd to the end of low memory, where it is least in the way.
 fn load_initrd(memory: &Memory, initrd: &File, kernel_end: u64) -> Result<Initrd, BootError> {
     let bytes = initrd.metadata().map_err(BootError::ReadInitrd)?.len();
     let start = memory
@@ -104,7 +104,7 @@ fn load_initrd(memory: &Memory, initrd: &File, kernel_end: u64) -> Result<Initrd
         .filter(|start| *start >= kernel_end)
         .ok_or(BootError::InitrdTooLarge { bytes })?;
     memory
-        .read_file(initrd, 0, GuestAddress(start), bytes)
+        .load_file(initrd, 0, GuestAddress(start), bytes)
         .map_err(BootError::ReadInitrd)?;
     Ok(Initrd { start, bytes })
 }
