@@ -57,7 +57,7 @@ pub(crate) enum AssembleError {
 /// Enters the jail and builds the machine. When it returns, this thread and all others are
 /// confined.
 pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
-    let jailed = jail::enter(&boot.shared_dir, boot.cgroup_dir.as_deref())?;
+    let jailed = jail::enter(&boot.shared_dir)?;
     let jailed_us = monotonic_us();
     let filters = Filters::compile()?;
     let server = share(jailed, boot.share_cache_ms)?;

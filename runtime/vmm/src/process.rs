@@ -2,8 +2,8 @@
 //!
 //! 1. The parent's first request says what to build. A request that can't be fulfilled is answered
 //!    with a failure and ends the process.
-//! 2. The process makes another one in a PID namespace of its own, a child of the same parent, and
-//!    ends. Everything from here on happens in that one.
+//! 2. The process makes another one in a PID namespace of its own and in the pod's cgroup, a child of
+//!    the same parent, and ends. Everything from here on happens in that one.
 //! 3. It enters the jail. Nothing is opened by name after that, except by the file server in the
 //!    share.
 //! 4. It builds the machine from the descriptors it was given. Each thread confines itself; when all
@@ -49,7 +49,7 @@ pub fn run() -> ExitCode {
         Ok(boot) => boot,
         Err(text) => return fail(&channel, Some(id), &text),
     };
-    match jail::launch(&channel) {
+    match jail::launch(&channel, boot.cgroup_dir.as_deref()) {
         Ok(Launched::First) => ExitCode::SUCCESS,
         Ok(Launched::Jailed) => run_jailed(&channel, id, boot),
         // Whoever killed the first process has made it look like the end of this one.

@@ -5,14 +5,20 @@
 //! in between: this process reports the child and ends. The child is PID 1 of its namespace: when it
 //! ends, the kernel kills whatever else there is.
 //!
-//! `clone(2)` is called directly because libc's `fork` takes no flags. That is sound while the
+//! The child is born in the pod's cgroup (`CLONE_INTO_CGROUP`), so that all it ever allocates is charged
+//! to the pod. To move there later would cost it one of the host's RCU grace periods, milliseconds in
+//! which it could do nothing.
+//!
+//! `clone3(2)` is called directly because libc's `fork` takes no flags. That is sound while the
 //! process has one thread.
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use husk_vmm_control::{Channel, ChannelError, Message};
 use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{Mode, OFlags};
 
 /// In which process [`launch`] has returned.
 #[derive(Debug)]
@@ -34,6 +40,14 @@ pub enum LaunchError {
         /// Why.
         source: io::Error,
     },
+    /// There is no such cgroup.
+    #[error("cannot open the cgroup {path:?}")]
+    Cgroup {
+        /// Its directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The parent did not get to know the process.
     #[error("cannot report the new process to the parent")]
     Report(#[source] ChannelError),
@@ -42,19 +56,21 @@ pub enum LaunchError {
     Orphaned,
 }
 
-/// Makes the process that becomes the virtual machine and reports it on `channel`. Must be called
+/// Makes the process that becomes the virtual machine, in the cgroup of `cgroup_dir` or else in the
+/// caller's, and reports it on `channel`. Must be called
 /// while there is only one thread. The new process returns only after the parent has been told.
 ///
 /// # Errors
 /// [`LaunchError`], in either process. The other one does not outlive the error.
-pub fn launch(channel: &Channel) -> Result<Launched, LaunchError> {
+pub fn launch(channel: &Channel, cgroup_dir: Option<&Path>) -> Result<Launched, LaunchError> {
+    let cgroup = cgroup_dir.map(open_cgroup).transpose()?;
     let step = |step| move |source| LaunchError::Step { step, source };
     unshare(CloneFlags::CLONE_NEWPID).map_err(|errno| LaunchError::Step {
         step: "unshare",
         source: errno.into(),
     })?;
     let (told, telling) = io::pipe().map_err(step("pipe"))?;
-    match clone_sibling().map_err(step("clone"))? {
+    match clone_sibling(cgroup.as_ref()).map_err(step("clone"))? {
         Cloned::Child => {
             drop(telling);
             wait_until_told(told)?;
@@ -66,6 +82,14 @@ pub fn launch(channel: &Channel) -> Result<Launched, LaunchError> {
             Ok(Launched::First)
         }
     }
+}
+
+fn open_cgroup(path: &Path) -> Result<OwnedFd, LaunchError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| LaunchError::Cgroup {
+        path: path.to_owned(),
+        source: errno.into(),
+    })
 }
 
 fn report(
@@ -97,32 +121,49 @@ enum Cloned {
     Caller { pid: i32, pidfd: OwnedFd },
 }
 
-/// fork(2), but the child's parent is the caller's parent.
-fn clone_sibling() -> io::Result<Cloned> {
-    let flags = libc::c_long::from(libc::CLONE_PARENT | libc::CLONE_PIDFD | libc::SIGCHLD);
-    let unused: libc::c_long = 0;
+/// fork(2), but the child's parent is the caller's parent, and its cgroup may be another one.
+fn clone_sibling(cgroup: Option<&OwnedFd>) -> io::Result<Cloned> {
     let mut pidfd: libc::c_int = -1;
-    // SAFETY: without CLONE_VM and with no stack given, clone is a fork: the child runs on in a copy
-    // of this memory. `pidfd` is a valid place for the one number it stores with these flags. There
-    // is one thread, so no lock is left held by a thread the child does not have.
+    let flag = |flag: libc::c_int| u64::from(flag.cast_unsigned());
+    let mut arguments = libc::clone_args {
+        flags: flag(libc::CLONE_PARENT) | flag(libc::CLONE_PIDFD),
+        pidfd: (&raw mut pidfd).expose_provenance() as u64,
+        child_tid: 0,
+        parent_tid: 0,
+        // With CLONE_PARENT, clone3 takes none, and the caller's own is used.
+        exit_signal: 0,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: 0,
+    };
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    }
+    // SAFETY: without CLONE_VM and with no stack given, clone3 is a fork: the child runs on in a copy
+    // of this memory. `arguments` is whole, and its `pidfd` a valid place for the one number that is
+    // stored there. There is one thread, so no lock is left held by a thread the child does not have.
     let pid = unsafe {
         libc::syscall(
-            libc::SYS_clone,
-            flags,
-            unused,
-            &raw mut pidfd,
-            unused,
-            unused,
+            libc::SYS_clone3,
+            &raw const arguments,
+            size_of_val(&arguments),
         )
     };
     match i32::try_from(pid) {
         Ok(0) => Ok(Cloned::Child),
         Ok(pid) if pid > 0 => Ok(Cloned::Caller {
             pid,
-            // SAFETY: clone succeeded in the caller, so it has stored a new descriptor there, and
+            // SAFETY: clone3 succeeded in the caller, so it has stored a new descriptor there, and
             // nothing else owns it.
             pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
         }),
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// linux/sched.h; libc's constant has a type that can't hold it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;

@@ -1,6 +1,6 @@
 //! What is left of the host for a guest that has taken over the VMM.
 //!
-//! [`launch()`] puts the process into a PID namespace; [`enter`] does everything else that concerns
+//! [`launch()`] puts the process into a PID namespace and the pod's cgroup; [`enter`] does everything else that concerns
 //! the process as a whole, in an order that leaves each step the privileges it needs. What concerns
 //! single threads is in [`crate::seccomp`].
 //!
@@ -12,8 +12,7 @@ mod inherited;
 mod launch;
 mod root;
 
-use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -44,14 +43,6 @@ pub struct Jailed {
 /// Which part of the jail could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
-    /// The cgroup can't be joined.
-    #[error("cannot join the cgroup {path:?}")]
-    Cgroup {
-        /// The file written to.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
     /// The shared directory can't become the root.
     #[error("cannot make {path:?} the root: {step}")]
     Root {
@@ -86,11 +77,7 @@ impl JailError {
 ///
 /// # Errors
 /// [`JailError`]; the process is then half jailed and must end.
-pub fn enter(shared_dir: &Path, cgroup_dir: Option<&Path>) -> Result<Jailed, JailError> {
-    // First, so that the guest's memory is charged to the pod.
-    if let Some(cgroup_dir) = cgroup_dir {
-        join_cgroup(cgroup_dir)?;
-    }
+pub fn enter(shared_dir: &Path) -> Result<Jailed, JailError> {
     // Signals of the parent's terminal are not meant for the virtual machine.
     rustix::process::setsid().map_err(JailError::step("setsid"))?;
     // Modes come from the guest, which has applied its own mask.
@@ -110,15 +97,6 @@ pub fn enter(shared_dir: &Path, cgroup_dir: Option<&Path>) -> Result<Jailed, Jai
         root,
         open_files_max,
     })
-}
-
-fn join_cgroup(cgroup_dir: &Path) -> Result<(), JailError> {
-    let path = cgroup_dir.join("cgroup.procs");
-    OpenOptions::new()
-        .write(true)
-        .open(&path)
-        .and_then(|mut procs| procs.write_all(b"0"))
-        .map_err(|source| JailError::Cgroup { path, source })
 }
 
 /// Sets the limits. Returns the one of open files.
