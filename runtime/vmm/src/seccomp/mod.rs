@@ -11,7 +11,9 @@
 mod rules;
 #[cfg(test)]
 mod tests;
+mod tree;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
@@ -104,12 +106,22 @@ impl Filters {
     }
 }
 
+/// A call that is on the list whatever its arguments is found by the tree; the other rules, and what
+/// becomes of all other calls, are left to the library's program.
 fn compile(kind: ThreadKind) -> Result<BpfProgram, SeccompError> {
     let failed = |source| SeccompError::Compile { kind, source };
-    let rules = rules::of(kind).map_err(failed)?;
-    SeccompFilter::new(rules, refusal(), SeccompAction::Allow, TargetArch::x86_64)
+    let (plain, conditional): (BTreeMap<_, _>, BTreeMap<_, _>) = rules::of(kind)
+        .map_err(failed)?
+        .into_iter()
+        .partition(|(_, conditions)| conditions.is_empty());
+    let arch = TargetArch::x86_64;
+    let rest = SeccompFilter::new(conditional, refusal(), SeccompAction::Allow, arch)
         .and_then(SeccompFilter::try_into)
-        .map_err(failed)
+        .map_err(failed)?;
+    let numbers = plain
+        .into_keys()
+        .filter_map(|call| u32::try_from(call).ok());
+    Ok(tree::allow_or_else(numbers, rest))
 }
 
 /// What happens at a call that is not on the list.
