@@ -14,10 +14,12 @@ use crate::layout::MMIO_GPA;
 /// * nothing is probed or waited for at boot that is known: KVM's clock vouches for the TSC, the few
 ///   tasks of a boot need no batched RCU grace periods, no DMA needs bouncing, and drivers that
 ///   would make interfaces by themselves make none;
+/// * variables of each CPU are in pages of their own: in a huge page, as the kernel would have it, all
+///   but a tenth of 2 MiB would be cleared, then given back;
 /// * cgroup v1 is not there at all.
 const BASE: &str = "console=hvc0 quiet loglevel=4 panic=-1 reboot=k tsc=reliable \
                     rcupdate.rcu_expedited=1 swiotlb=noforce dummy.numdummies=0 ifb.numifbs=0 \
-                    cgroup_no_v1=all";
+                    percpu_alloc=page cgroup_no_v1=all";
 
 /// The command line of a machine with `devices` devices, whose registers and lines follow one
 /// another as [`crate::layout`] says.
