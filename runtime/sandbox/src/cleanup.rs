@@ -84,6 +84,13 @@ pub fn sandboxes(state_dir_root: &Path, namespace: &str) -> io::Result<Vec<(Stri
 
 /// See [`cleanup`]. Every step is tried; the first error is told.
 pub(crate) fn remove_all(state: &StateDir) -> Result<(), CleanupError> {
+    // As after every shutdown: what the record tells of has gone before it, and nothing is mounted
+    // below a directory that could be removed. To find that out from the host's mounts takes
+    // longer the more pods there are.
+    if matches!(fs::symlink_metadata(state.path()), Err(error) if error.kind() == io::ErrorKind::NotFound)
+    {
+        return Ok(());
+    }
     let record = state.read_record();
     if let Some(vmm) = &record.vmm {
         let step = |source| step("kill the VMM of", state.path().to_owned(), source);
