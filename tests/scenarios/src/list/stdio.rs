@@ -90,6 +90,8 @@ fn nothing(shim: &Shim, _: &Place) -> Result<()> {
 
 /// A file takes both outputs, behind what is there, and its directory is made.
 fn file(shim: &Shim, place: &Place) -> Result<()> {
+    // runc's shim may close the file when one of the streams has ended.
+    const SCRIPT: &str = "echo out; echo err >&2; sleep 1";
     let path = place.at("deep/log");
     let streams = Streams {
         stdout: format!("file://{path}"),
@@ -97,7 +99,7 @@ fn file(shim: &Shim, place: &Place) -> Result<()> {
         ..Streams::default()
     };
     for _ in 0..2 {
-        let status = shim.run("file", &streams, &["sh", "-c", "echo out; echo err >&2"])?;
+        let status = shim.run("file", &streams, &["sh", "-c", SCRIPT])?;
         ensure!(status == 0, "it ended with {status}");
     }
     let text = fs::read_to_string(&path).context("cannot read the log")?;
