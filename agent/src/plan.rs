@@ -101,6 +101,8 @@ pub enum Place {
         /// Init's pid in the agent's PID namespace.
         init_pid: i32,
     },
+    /// In a new PID namespace that containers are to join, as its first process.
+    Pause,
 }
 
 /// What the stage tells.

@@ -7,7 +7,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use husk_protocol::messages::Stdio;
+use husk_protocol::messages::{PreparePodRequest, Stdio};
 use rustix::process::Signal;
 
 use crate::cgroup::{Cgroup, CgroupError};
@@ -15,6 +15,7 @@ use crate::container::{Container, Ending, Process, lock};
 use crate::launch::{LaunchError, launch};
 use crate::oci::{self, NamespaceKind, Resources, Spec};
 use crate::plan::{Place, Plan, StartHooks};
+use crate::pod::{Pod, PodError};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Ports, StdioError};
 
@@ -74,6 +75,8 @@ pub enum SandboxError {
     #[error(transparent)]
     Stdio(#[from] StdioError),
     #[error(transparent)]
+    Pod(#[from] PodError),
+    #[error(transparent)]
     Launch(#[from] LaunchError),
 }
 
@@ -95,6 +98,7 @@ pub struct Sandbox {
     reaper: Arc<Reaper>,
     /// By id; `None` while it is being made.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    pod: Pod,
 }
 
 impl Sandbox {
@@ -104,7 +108,17 @@ impl Sandbox {
             config,
             reaper,
             containers: Mutex::default(),
+            pod: Pod::default(),
         }
+    }
+
+    /// Makes what containers are to share. Returns process 1 of their PID namespace if they share one.
+    pub async fn prepare_pod(
+        &self,
+        request: &PreparePodRequest,
+    ) -> Result<Option<i32>, SandboxError> {
+        let program = &self.config.program;
+        Ok(self.pod.prepare(request, program, &self.reaper).await?)
     }
 
     /// Makes a container up to its init's gate and returns init's pid.

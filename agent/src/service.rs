@@ -15,6 +15,7 @@ use ttrpc::{Code, get_status};
 use crate::cgroup::CgroupError;
 use crate::guest::{self, Times};
 use crate::launch::LaunchError;
+use crate::pod::PodError;
 use crate::reaper::realtime_ns;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::sys;
@@ -73,6 +74,7 @@ fn code_of(error: &SandboxError) -> Code {
         | SandboxError::InvalidSignal(_)
         | SandboxError::InvalidSize { .. }
         | SandboxError::InitDeleted
+        | SandboxError::Pod(PodError::TooManyVolumes | PodError::InvalidSysctl(_))
         | SandboxError::Cgroup(
             CgroupError::Invalid(_) | CgroupError::Limit { .. } | CgroupError::BelowUsage { .. },
         ) => Code::INVALID_ARGUMENT,
@@ -95,6 +97,7 @@ fn code_of(error: &SandboxError) -> Code {
         | SandboxError::Resize(_)
         | SandboxError::Cgroup(_)
         | SandboxError::Stdio(_)
+        | SandboxError::Pod(_)
         | SandboxError::Launch(_) => Code::INTERNAL,
     }
 }
@@ -176,6 +179,19 @@ impl Agent for Service {
     ) -> ttrpc::Result<m::ShutdownResponse> {
         self.sandbox.kill_all();
         guest::power_off()
+    }
+
+    async fn prepare_pod(
+        &self,
+        _: &TtrpcContext,
+        request: m::PreparePodRequest,
+    ) -> ttrpc::Result<m::PreparePodResponse> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let pid = detached(async move { sandbox.prepare_pod(&request).await }).await?;
+        Ok(m::PreparePodResponse {
+            pause_pid: pid.map_or(0, unsigned),
+            ..Default::default()
+        })
     }
 
     async fn create_container(

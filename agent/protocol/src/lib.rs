@@ -19,6 +19,9 @@ pub const SHARED_TAG: &str = "husk";
 /// Where the agent mounts it.
 pub const SHARED_DIR: &str = "/run/husk/shared";
 
+/// Where the agent mounts the volumes that live in the guest's memory.
+pub const POD_VOLUMES_DIR: &str = "/run/husk/volumes";
+
 /// x86 I/O port whose write of [`POWER_OFF`] ends the virtual machine cleanly.
 pub const POWER_PORT: u16 = 0x600;
 

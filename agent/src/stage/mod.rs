@@ -12,6 +12,7 @@ mod mounts;
 mod namespaces;
 mod nodes;
 mod paths;
+mod pause;
 mod program;
 mod rootfs;
 mod user;
@@ -87,7 +88,10 @@ fn run(channel: BorrowedFd<'_>) -> Step {
     );
     let (plan, streams) = take_plan(channel)?;
     if namespaces::enter_or_prepare(channel, &plan)? == Fork::Child {
-        return become_process(channel, &plan, &streams);
+        return match plan.place {
+            Place::Pause => pause::become_pause(channel, &plan, &streams),
+            _ => become_process(channel, &plan, &streams),
+        };
     }
     Ok(())
 }

@@ -51,6 +51,11 @@ pub(super) fn enter_or_prepare(channel: BorrowedFd<'_>, plan: &Plan) -> Step<For
             fallback = Some(open_init_cgroup(*init_pid)?);
             enter_container(*init_pid)?;
         }
+        Place::Pause => {
+            for kind in [NamespaceKind::Pid, NamespaceKind::Mount] {
+                flags |= sys::flag(clone_flag(kind).bits());
+            }
+        }
     }
     let mut forked = clone_sibling(flags, cgroup.as_ref().map(OwnedFd::as_fd));
     if let (Err(_), Some(Some(init_cgroup))) = (&forked, &fallback) {
@@ -76,7 +81,7 @@ pub(super) fn finish(plan: &Plan) -> Step {
                     .or_fail(|| "make a cgroup namespace".into())?;
             }
         }
-        Place::Enter { .. } => {}
+        Place::Enter { .. } | Place::Pause => {}
     }
     Ok(())
 }
