@@ -11,8 +11,8 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use async_trait::async_trait;
 use husk_sandbox::{
-    ContainerError, ContainerRequest, Drained, ErrorKind, Install, ProcessIo, RootfsMount,
-    STATE_DIR_ROOT, Sandbox, SandboxConfig, Settings, monotonic_us, oci,
+    ContainerError, ContainerRequest, Drained, ErrorKind, Install, PodRequest, ProcessIo,
+    RootfsMount, STATE_DIR_ROOT, Sandbox, SandboxConfig, Settings, monotonic_us, oci,
 };
 use rustix::io::fcntl_dupfd_cloexec;
 use tokio::signal::unix::{SignalKind, signal};
@@ -122,17 +122,19 @@ impl PodMaker for Maker {
         };
         let settings = Settings::load().map_err(|error| failed(&error))?;
         let install = Install::locate_with(&settings).map_err(|error| failed(&error))?;
+        let pod = PodRequest::of(&first.spec, &settings.vm)
+            .map_err(|error| PodError::new(Code::INVALID_ARGUMENT, chain(&error)))?;
         let config = SandboxConfig {
             namespace: self.namespace.clone(),
             id: self.id.clone(),
             state_dir_root: Path::new(STATE_DIR_ROOT).to_owned(),
             install,
-            vcpus: settings.vm.vcpus,
-            memory_mib: settings.vm.memory_mib,
+            vcpus: pod.vcpus,
+            memory_mib: pod.memory_mib,
             cmdline_extra: settings.vm.cmdline_extra,
             hostname: first.spec.hostname().clone().unwrap_or_default(),
             netns: netns(&first.spec),
-            cgroup: None,
+            cgroup: pod.cgroup,
         };
         let sandbox = Sandbox::start(config)
             .await

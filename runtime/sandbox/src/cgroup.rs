@@ -9,7 +9,7 @@ use std::{fs, io};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Where cgroup v2 is mounted.
-const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Where a VMM's cgroup goes if nobody says where.
 const DEFAULT_PARENT: &str = "/sys/fs/cgroup/husk";

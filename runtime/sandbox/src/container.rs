@@ -4,6 +4,8 @@
 
 mod calls;
 mod files;
+mod pause;
+mod pod;
 mod streams;
 mod table;
 
@@ -21,7 +23,7 @@ use crate::policy;
 use crate::sandbox::in_background;
 use crate::spec::{GuestSpec, guest_spec};
 use crate::state::is_name;
-use crate::{ContainerError, Sandbox};
+use crate::{ContainerError, Role, Sandbox};
 
 use calls::wait_request;
 use files::ContainerFiles;
@@ -93,7 +95,10 @@ impl Sandbox {
             return Err(ContainerError::VmGone(end));
         }
         self.containers().reserve(&id)?;
-        let created = self.create_reserved(request).await;
+        let created = match Role::of(&request.spec) {
+            Role::Sandbox => self.create_pause(request).await.map(|()| 0),
+            Role::Alone | Role::Member => self.create_reserved(request).await,
+        };
         if created.is_err() {
             self.containers().remove(&id);
         }
@@ -109,7 +114,9 @@ impl Sandbox {
             io,
         } = request;
         let hooks = Lifecycle::of(&spec, &id, &bundle)?;
-        let guest = guest_spec(spec, &id)?;
+        let mut guest = guest_spec(spec, &id, self.vmm_pid(), &mut self.memory_volumes())?;
+        self.join_pod(&mut guest).await?;
+        let joins_pids = guest.joins_pids;
         let spec_json = to_json(&guest.spec)?;
         let files = ContainerFiles::new(&self.state, &id);
         let created = async {
@@ -125,8 +132,12 @@ impl Sandbox {
             self.create_in_guest(&id, made, io).await
         };
         let created = created.await;
-        if created.is_ok() {
-            self.containers().keep_hooks(&id, hooks);
+        if let Ok(pid) = created {
+            let mut containers = self.containers();
+            containers.keep_hooks(&id, hooks);
+            if !joins_pids {
+                containers.set_namespace_init(&id, pid);
+            }
         } else if let Err(error) = self.remove_from_host(&id).await {
             tracing::warn!(container = id, %error, "a container that failed leaves something");
         }
@@ -216,6 +227,9 @@ impl Sandbox {
         policy::check_process(process)?;
         let mut process = process.clone();
         process.set_apparmor_profile(None).set_selinux_label(None);
+        if let Some(pause) = self.pod_pause(container) {
+            return pause.refuse("run another beside");
+        }
         let process_json = to_json(&process)?;
         self.containers().reserve_process(container, exec_id)?;
         let created = self

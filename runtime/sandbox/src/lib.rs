@@ -23,7 +23,9 @@ mod control;
 mod error;
 mod hooks;
 mod mounts;
+mod namespaces;
 mod netns;
+mod pod;
 mod policy;
 mod process;
 mod readiness;
@@ -33,6 +35,7 @@ mod spec;
 mod state;
 mod timings;
 mod vmm;
+mod volumes;
 
 pub use cleanup::{cleanup, cleanup_container, sandboxes};
 pub use container::{ContainerRequest, Drained, Exit, ListedProcess, ProcessIo, RootfsMount};
@@ -41,6 +44,7 @@ pub use hooks::{HookError, HookName};
 pub use husk_vmm_control::monotonic_us;
 pub use mounts::MountError;
 pub use oci_spec::runtime as oci;
+pub use pod::{PodRequest, Role};
 pub use sandbox::{GuestInfo, Sandbox, SandboxConfig};
 pub use settings::{
     Install, InstallError, LogSettings, SETTINGS_PATH, Settings, SettingsError, VmSettings,

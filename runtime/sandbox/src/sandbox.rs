@@ -21,6 +21,7 @@ use crate::process::Identity;
 use crate::state::{Record, StateDir};
 use crate::timings::StartTimings;
 use crate::vmm::{BootFiles, Spawned, Vmm};
+use crate::volumes::MemoryVolumes;
 use crate::{CleanupError, Install, StartError, VmEnd, cgroup, cleanup, clock};
 
 /// What to start.
@@ -63,6 +64,7 @@ pub struct Sandbox {
     guest: GuestInfo,
     timings: StartTimings,
     containers: Mutex<Containers>,
+    memory_volumes: Mutex<MemoryVolumes>,
 }
 
 /// What the agent said of itself and its guest.
@@ -153,6 +155,7 @@ impl Sandbox {
             agent,
             ports: AtomicU32::new(STREAM_PORT_MIN),
             containers: Mutex::default(),
+            memory_volumes: Mutex::new(MemoryVolumes::new(&config.id)),
         })
     }
 
@@ -230,6 +233,12 @@ impl Sandbox {
 
     pub(crate) fn containers(&self) -> MutexGuard<'_, Containers> {
         self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn memory_volumes(&self) -> MutexGuard<'_, MemoryVolumes> {
+        self.memory_volumes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }

@@ -37,6 +37,8 @@ pub struct VmSettings {
     pub vcpus: u8,
     /// Memory of a pod that says nothing itself, in MiB.
     pub memory_mib: u32,
+    /// Added to a pod's own limit of memory, for the guest's kernel and agent, in MiB.
+    pub overhead_mib: u32,
     /// Guest kernel, instead of the installed one.
     pub kernel: Option<PathBuf>,
     /// Initrd with the agent, instead of the installed one.
@@ -117,6 +119,7 @@ impl Default for VmSettings {
         Self {
             vcpus: 1,
             memory_mib: 256,
+            overhead_mib: 64,
             kernel: None,
             initrd: None,
             vmm: None,
@@ -181,6 +184,7 @@ impl Settings {
         in_range("vcpus", settings.vm.vcpus.into(), 1, VCPUS_MAX.into())?;
         let memory_mib = settings.vm.memory_mib;
         in_range("memory_mib", memory_mib, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
+        in_range("overhead_mib", settings.vm.overhead_mib, 0, MEMORY_MIB_MAX)?;
         Ok(settings)
     }
 }
@@ -251,6 +255,7 @@ mod tests {
             ("[vm]\nvcpus = 0\n", "vm.vcpus"),
             ("[vm]\nvcpus = 65\n", "vm.vcpus"),
             ("[vm]\nmemory_mib = 1\n", "vm.memory_mib"),
+            ("[vm]\noverhead_mib = 99999999\n", "vm.overhead_mib"),
         ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(message.contains(name), "{message}");

@@ -6,10 +6,13 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
+use husk_protocol::messages::MemoryVolume;
+use oci_spec::runtime::{Hooks, Linux, Mount, Spec};
 
 use crate::mounts::{Volume, is_plain_absolute};
+use crate::namespaces;
 use crate::policy;
+use crate::volumes::{self, MemoryVolumes};
 
 /// Why a spec can't be served by a guest.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -37,6 +40,11 @@ pub(crate) struct GuestSpec {
     pub(crate) root: PathBuf,
     /// What to bind at `mounts/<index>` of the container's directory in the share.
     pub(crate) volumes: Vec<Volume>,
+    /// What of the pod's volumes in memory it mounts.
+    pub(crate) memory_volumes: Vec<MemoryVolume>,
+    /// Whether its PID namespace is that of the pod or of a container in it. The spec for the guest
+    /// names none then.
+    pub(crate) joins_pids: bool,
 }
 
 /// Most volumes of one container.
@@ -47,8 +55,15 @@ fn guest_dir(container: &str) -> PathBuf {
     Path::new(husk_protocol::SHARED_DIR).join(container)
 }
 
-/// Rewrites a spec for the guest.
-pub(crate) fn guest_spec(mut spec: Spec, container: &str) -> Result<GuestSpec, SpecError> {
+/// Rewrites a spec for the guest. `pod` is the pid on the host of the process that stands for the
+/// pod, `memory` are its volumes in memory.
+pub(crate) fn guest_spec(
+    mut spec: Spec,
+    container: &str,
+    pod: u32,
+    memory: &mut MemoryVolumes,
+) -> Result<GuestSpec, SpecError> {
+    namespaces::check_own(&spec)?;
     let guest_dir = guest_dir(container);
     let process = spec
         .process_mut()
@@ -65,19 +80,26 @@ pub(crate) fn guest_spec(mut spec: Spec, container: &str) -> Result<GuestSpec, S
     root.set_path(guest_dir.join("rootfs"));
 
     let mut volumes = Vec::new();
+    let mut memory_volumes = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten() {
+        if let Some(volume) = in_memory(mount, memory) {
+            memory_volumes.push(volume);
+            continue;
+        }
         rewrite_mount(mount, &guest_dir, &mut volumes)?;
     }
     let linux = spec
         .linux_mut()
         .as_mut()
         .ok_or(SpecError::Missing("linux"))?;
-    rewrite_linux(linux, container)?;
+    let joins_pids = rewrite_linux(linux, container, pod)?;
     spec.set_hooks(spec.hooks().as_ref().and_then(guest_hooks));
     Ok(GuestSpec {
         spec,
         root: host_root,
         volumes,
+        memory_volumes,
+        joins_pids,
     })
 }
 
@@ -87,6 +109,16 @@ fn guest_hooks(hooks: &Hooks) -> Option<Hooks> {
     let mut hooks = Hooks::default();
     hooks.set_start_container(Some(in_container));
     Some(hooks)
+}
+
+/// Turns a mount of what is a volume in memory into one of the guest's.
+fn in_memory(mount: &mut Mount, memory: &mut MemoryVolumes) -> Option<MemoryVolume> {
+    if mount.destination().is_relative() {
+        return None;
+    }
+    let volume = memory.find(mount.source().as_deref()?)?.clone();
+    mount.set_source(Some(volumes::guest_path(&volume)));
+    Some(volume)
 }
 
 fn rewrite_mount(
@@ -133,7 +165,8 @@ fn rewrite_mount(
     Ok(())
 }
 
-fn rewrite_linux(linux: &mut Linux, container: &str) -> Result<(), SpecError> {
+/// Answers whether the container joins a PID namespace.
+fn rewrite_linux(linux: &mut Linux, container: &str, pod: u32) -> Result<bool, SpecError> {
     let refuse = |what: &str, reason| {
         Err(SpecError::Unsupported {
             what: what.to_owned(),
@@ -161,60 +194,9 @@ fn rewrite_linux(linux: &mut Linux, container: &str) -> Result<(), SpecError> {
     linux.set_mount_label(None);
     linux.set_cgroups_path(Some(Path::new("/husk").join(container)));
     let namespaces = linux.namespaces().clone().unwrap_or_default();
-    linux.set_namespaces(Some(rewrite_namespaces(namespaces)?));
-    Ok(())
-}
-
-fn rewrite_namespaces(namespaces: Vec<LinuxNamespace>) -> Result<Vec<LinuxNamespace>, SpecError> {
-    let refuse = |kind: LinuxNamespaceType, reason| {
-        Err(SpecError::Unsupported {
-            what: format!("linux.namespaces, {}", name_of(kind)),
-            reason,
-        })
-    };
-    for kind in [
-        LinuxNamespaceType::Mount,
-        LinuxNamespaceType::Pid,
-        LinuxNamespaceType::Ipc,
-        LinuxNamespaceType::Uts,
-        LinuxNamespaceType::Network,
-    ] {
-        if !namespaces.iter().any(|namespace| namespace.typ() == kind) {
-            return refuse(
-                kind,
-                "without it the container would share the host's, and a guest can't",
-            );
-        }
-    }
-    let mut kept = Vec::new();
-    for namespace in namespaces {
-        // The pod's network is the guest's own; its path is one of the host's.
-        if namespace.typ() == LinuxNamespaceType::Network {
-            continue;
-        }
-        if namespace.path().is_some() {
-            return refuse(
-                namespace.typ(),
-                "the path is a namespace of the host, which a guest can't join",
-            );
-        }
-        kept.push(namespace);
-    }
-    Ok(kept)
-}
-
-/// As config.json names it.
-fn name_of(kind: LinuxNamespaceType) -> &'static str {
-    match kind {
-        LinuxNamespaceType::Mount => "mount",
-        LinuxNamespaceType::Cgroup => "cgroup",
-        LinuxNamespaceType::Uts => "uts",
-        LinuxNamespaceType::Ipc => "ipc",
-        LinuxNamespaceType::User => "user",
-        LinuxNamespaceType::Pid => "pid",
-        LinuxNamespaceType::Network => "network",
-        LinuxNamespaceType::Time => "time",
-    }
+    let sorted = namespaces::sort(namespaces, pod)?;
+    linux.set_namespaces(Some(sorted.own));
+    Ok(sorted.joins_pids)
 }
 
 #[cfg(test)]
@@ -241,7 +223,7 @@ mod tests {
                 "cgroupsPath": "/default/x",
                 "namespaces": [
                     { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" },
-                    { "type": "network", "path": "/run/netns/x" },
+                    { "type": "network", "path": "/proc/self/ns/net" },
                 ],
             },
         });
@@ -250,7 +232,8 @@ mod tests {
     }
 
     fn rewritten(change: impl FnOnce(&mut Value)) -> Result<GuestSpec, SpecError> {
-        guest_spec(spec(change), "c1")
+        let mut memory = MemoryVolumes::new("p1");
+        guest_spec(spec(change), "c1", std::process::id(), &mut memory)
     }
 
     fn refusal(change: impl FnOnce(&mut Value)) -> String {

@@ -26,6 +26,9 @@ impl Sandbox {
         exec_id: &str,
     ) -> Result<u32, ContainerError> {
         self.containers().check(container, exec_id)?;
+        if let Some(pause) = self.pod_pause(container) {
+            return pause.start().map(|()| 0);
+        }
         let mut request = messages::StartProcessRequest::new();
         container.clone_into(&mut request.container_id);
         exec_id.clone_into(&mut request.exec_id);
@@ -62,6 +65,9 @@ impl Sandbox {
         exec_id: &str,
     ) -> Result<Exit, ContainerError> {
         self.containers().check(container, exec_id)?;
+        if let Some(pause) = self.pod_pause(container) {
+            return Ok(pause.ended(self.ended()).await);
+        }
         let request = wait_request(container, exec_id);
         let waited = self
             .agent
@@ -95,6 +101,10 @@ impl Sandbox {
         all: bool,
     ) -> Result<(), ContainerError> {
         self.containers().check(container, exec_id)?;
+        if let Some(pause) = self.pod_pause(container) {
+            pause.signal(signal);
+            return Ok(());
+        }
         let sent = self.signal_unchecked(container, exec_id, signal, all);
         if signal != SIGKILL || exec_id != INIT {
             return sent.await;
@@ -143,6 +153,9 @@ impl Sandbox {
         height: u32,
     ) -> Result<(), ContainerError> {
         self.containers().check(container, exec_id)?;
+        if let Some(pause) = self.pod_pause(container) {
+            return pause.refuse("have a terminal");
+        }
         let mut request = messages::ResizeTerminalRequest::new();
         container.clone_into(&mut request.container_id);
         exec_id.clone_into(&mut request.exec_id);
@@ -164,6 +177,9 @@ impl Sandbox {
         container: &str,
     ) -> Result<Vec<ListedProcess>, ContainerError> {
         self.containers().check(container, INIT)?;
+        if self.pod_pause(container).is_some() {
+            return Ok(Vec::new());
+        }
         let mut request = messages::ListProcessesRequest::new();
         container.clone_into(&mut request.container_id);
         let response = self
@@ -186,6 +202,9 @@ impl Sandbox {
     /// [`ContainerError`]
     pub async fn pause(&self, container: &str) -> Result<(), ContainerError> {
         self.containers().check(container, INIT)?;
+        if let Some(pause) = self.pod_pause(container) {
+            return pause.refuse("freeze");
+        }
         let mut request = messages::PauseContainerRequest::new();
         container.clone_into(&mut request.container_id);
         self.call("pause container", |client| async move {
@@ -201,6 +220,9 @@ impl Sandbox {
     /// [`ContainerError`]
     pub async fn resume(&self, container: &str) -> Result<(), ContainerError> {
         self.containers().check(container, INIT)?;
+        if let Some(pause) = self.pod_pause(container) {
+            return pause.refuse("freeze");
+        }
         let mut request = messages::ResumeContainerRequest::new();
         container.clone_into(&mut request.container_id);
         self.call("resume container", |client| async move {
@@ -220,6 +242,10 @@ impl Sandbox {
         resources: &LinuxResources,
     ) -> Result<(), ContainerError> {
         self.containers().check(container, INIT)?;
+        if self.pod_pause(container).is_some() {
+            // Limits of what uses nothing.
+            return Ok(());
+        }
         let mut request = messages::UpdateContainerRequest::new();
         container.clone_into(&mut request.container_id);
         request.resources_json = to_json(resources)?;
@@ -236,6 +262,9 @@ impl Sandbox {
     /// [`ContainerError`]
     pub async fn stats(&self, container: &str) -> Result<HashMap<String, String>, ContainerError> {
         self.containers().check(container, INIT)?;
+        if self.pod_pause(container).is_some() {
+            return Ok(HashMap::new());
+        }
         let mut request = messages::ContainerStatsRequest::new();
         container.clone_into(&mut request.container_id);
         let response = self
@@ -253,6 +282,9 @@ impl Sandbox {
     /// [`ContainerError`]
     pub async fn wait_oom(&self, container: &str, seen: u64) -> Result<u64, ContainerError> {
         self.containers().check(container, INIT)?;
+        if let Some(pause) = self.pod_pause(container) {
+            return pause.refuse("run out of memory");
+        }
         let mut request = messages::WaitOomRequest::new();
         container.clone_into(&mut request.container_id);
         request.seen = seen;
@@ -306,6 +338,10 @@ impl Sandbox {
     /// [`ContainerError`]
     pub async fn delete_container(&self, container: &str) -> Result<(), ContainerError> {
         self.containers().check(container, INIT)?;
+        if self.pod_pause(container).is_some() {
+            self.containers().remove(container);
+            return Ok(());
+        }
         unless_gone(self.delete_in_guest(container).await)?;
         self.remove_from_host(container).await?;
         self.containers().remove(container);

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use crate::ContainerError;
+use super::pause::Pause;
 use crate::control::StreamEnd;
 use crate::hooks::Lifecycle;
+use crate::{ContainerError, SpecError};
 
 /// The containers by id.
 #[derive(Debug, Default)]
@@ -14,6 +16,11 @@ pub(crate) struct Containers {
     containers: HashMap<String, HashMap<String, Process>>,
     /// By container.
     hooks: HashMap<String, Lifecycle>,
+    /// The one that stands for the pod, if there is one.
+    pause: Option<Arc<Pause>>,
+    /// The init processes, by their pids in the guest, of containers with a PID namespace of their
+    /// own.
+    namespace_inits: HashMap<String, u32>,
 }
 
 /// A process's streams.
@@ -86,7 +93,42 @@ impl Containers {
         self.hooks.get(container).cloned()
     }
 
+    pub(super) fn set_pause(&mut self, pause: Arc<Pause>) {
+        self.pause = Some(pause);
+    }
+
+    /// The container that stands for the pod, if that is it.
+    pub(super) fn pause(&self, container: &str) -> Option<Arc<Pause>> {
+        let is_it = |pause: &&Arc<Pause>| pause.id == container;
+        self.pause.as_ref().filter(is_it).cloned()
+    }
+
+    /// Remembers the init of a PID namespace of its own.
+    pub(super) fn set_namespace_init(&mut self, container: &str, pid: u32) {
+        self.namespace_inits.insert(container.to_owned(), pid);
+    }
+
+    /// Whose PID namespace a container joins that names the pod's: the pod's, or that of the only
+    /// container with one of its own. The pod's containers share one, or none does; so a container
+    /// that joins one where another has its own is there to look into that other.
+    pub(super) fn pids_to_join(&self) -> Result<Option<u32>, ContainerError> {
+        let mut inits = self.namespace_inits.values();
+        match (inits.next(), inits.next()) {
+            (init, None) => Ok(init.copied()),
+            (_, Some(_)) => Err(SpecError::Unsupported {
+                what: "linux.namespaces, pid".to_owned(),
+                reason: "which of the pod's containers is meant can't be told; a container of a \
+                         pod with several can be joined only if they share their processes",
+            }
+            .into()),
+        }
+    }
+
     pub(crate) fn remove(&mut self, container: &str) {
+        if self.pause(container).is_some() {
+            self.pause = None;
+        }
+        self.namespace_inits.remove(container);
         self.hooks.remove(container);
         self.containers.remove(container);
     }
@@ -99,6 +141,8 @@ impl Containers {
 
     pub(crate) fn clear(&mut self) {
         self.hooks.clear();
+        self.pause = None;
+        self.namespace_inits.clear();
         self.containers.clear();
     }
 }
@@ -140,6 +184,18 @@ mod tests {
             let again = containers.reserve_process("c", exec_id);
             assert_eq!(kind(again), Some(ErrorKind::AlreadyExists));
         }
+    }
+
+    #[test]
+    fn pids_are_joined_where_one_can_be_meant() {
+        let mut containers = Containers::default();
+        assert_eq!(containers.pids_to_join().unwrap(), None);
+        containers.set_namespace_init("a", 7);
+        assert_eq!(containers.pids_to_join().unwrap(), Some(7));
+        containers.set_namespace_init("b", 8);
+        assert!(containers.pids_to_join().is_err());
+        containers.remove("a");
+        assert_eq!(containers.pids_to_join().unwrap(), Some(8));
     }
 
     #[test]
