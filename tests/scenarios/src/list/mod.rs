@@ -6,6 +6,7 @@ mod embedded;
 mod ends;
 mod faults;
 mod files;
+mod limits;
 mod stdio;
 mod task_api;
 mod tasks;
@@ -104,6 +105,11 @@ pub(crate) const ALL: &[Scenario] = &[
     husk("guest_out_of_memory", |ctr| ends::guest_out_of_memory(ctr)),
     husk("guest_panic", |ctr| ends::guest_panic(ctr)),
     husk("agent_killed", |ctr| ends::agent_killed(ctr)).full(),
+    both("what_a_container_sees", |ctr| {
+        limits::what_a_container_sees(ctr)
+    }),
+    both("out_of_memory", |ctr| limits::out_of_memory(ctr)),
+    husk("thrashing", |ctr| limits::thrashing(ctr)),
     both("ten_at_once", |ctr| basics::ten_at_once(ctr)).core(),
     both("file_system", |ctr| files::file_system(ctr)),
     both("debian_work", files::debian_work),
