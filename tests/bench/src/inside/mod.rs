@@ -54,6 +54,7 @@ pub(crate) fn measure(suites: &[PathBuf], out: &Path, plan: Plan) -> Result<()> 
 fn run(suite: &Path, bench: &mut Bench) -> Result<()> {
     match suite.to_str() {
         Some("starts") => starts::measure(bench),
+        Some("cold") => starts::measure_cold(bench),
         Some("concurrent") => concurrent::measure(bench),
         Some("memory") => memory::measure(bench),
         Some("files") => files::measure(bench),

@@ -38,8 +38,8 @@ const METHOD: &str = "
 clock counts instructions (2 ns each). Such figures repeat within a few per cent, whatever the
 machine below does, and they compare the <em>work</em> that each runtime does. They are not the times of
 real hardware: there, what leaves a virtual CPU costs more than the instructions it takes, which is
-why those exits are counted beside the times. Memory was measured in the same machine with an
-ordinary clock.</p>
+why those exits are counted beside the times. Memory, and starts after caches were dropped, were
+measured in the same machine with an ordinary clock.</p>
 <p>Each figure is the median of its samples, with the least and the most of them below it where they
 differ. gVisor runs without a network of its own (<code>--network=none</code>). <em>÷ runc</em> is
 Husk's figure by runc's.</p>
