@@ -34,18 +34,19 @@ const SMALL_BYTES: usize = 64 * 1024;
 
 /// The kernel panics at the OOM kill that it is told to panic at.
 const PANIC: &str = "echo 2 > /proc/sys/vm/panic_on_oom
-    dd if=/dev/zero of=/dev/shm/x bs=1M count=64";
+    dd if=/dev/zero of=/dev/shm/x bs=1M count=64
+    sleep 1000";
 
-/// Process 1 loses its code, and dies as it runs on. The container can't see that process; but the
-/// kernel runs the program that takes core dumps outside of all containers.
-const KILL_AGENT: &str = r#"cp "$(readlink -f /bin/sh)" /b
+/// Process 1 loses its code, and dies as it hears of the container's end. The container can't see
+/// that process; but the kernel runs the program that takes core dumps outside of all containers.
+const KILL_AGENT: &str = r#"cp "$(readlink -f /bin/sh)" /busybox
     cat > /k <<'END'
 range=$($1 grep -m1 r-xp /proc/1/maps | $1 cut -d' ' -f1)
 from=$((0x${range%-*} / 4096)); to=$((0x${range#*-} / 4096))
 exec $1 dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$from count=$((to - from)) conv=notrunc
 END
     echo 1 > /proc/sys/kernel/core_pipe_limit
-    echo '|/proc/%P/root/b sh /proc/%P/root/k /proc/%P/root/b' > /proc/sys/kernel/core_pattern
+    echo '|/proc/%P/root/busybox sh /proc/%P/root/k /proc/%P/root/busybox' > /proc/sys/kernel/core_pattern
     sh -c 'kill -SEGV $$'"#;
 
 pub(super) fn guest_panic(ctr: &Ctr) -> Result<()> {
@@ -60,8 +61,7 @@ pub(super) fn agent_killed(ctr: &Ctr) -> Result<()> {
 fn end_of_guest(ctr: &Ctr, script: &str, last_word: &str) -> Result<()> {
     let began = Instant::now();
     let flags = ["--privileged", "--memory-limit", MEMORY_LIMIT];
-    let script = format!("{script}\nsleep 1000");
-    let ended = ctr.run(&flags, &["sh", "-c", &script])?;
+    let ended = ctr.run(&flags, &["sh", "-c", script])?;
     let took = began.elapsed();
     ensure!(
         ended.status == 137,
