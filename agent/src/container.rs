@@ -26,10 +26,21 @@ pub struct Container {
     pub cgroup: Cgroup,
     /// The process it was made for.
     pub init: Arc<Process>,
-    /// What further processes are filtered by.
-    pub seccomp: Option<oci::Seccomp>,
+    /// What further processes have in common with init.
+    pub common: Common,
     /// By exec id.
     execs: Mutex<HashMap<String, Arc<Process>>>,
+}
+
+/// What the processes of a container have in common.
+#[derive(Debug)]
+pub struct Common {
+    /// Init as the spec has it; others take over from it what they don't say.
+    pub init: oci::Process,
+    /// The system call filter.
+    pub seccomp: Option<oci::Seccomp>,
+    /// The execution domain.
+    pub personality: Option<oci::Personality>,
 }
 
 /// One process of a container.
@@ -77,17 +88,12 @@ struct Handle {
 
 impl Container {
     /// A container whose init waits at its gate.
-    pub fn new(
-        id: String,
-        cgroup: Cgroup,
-        init: Process,
-        seccomp: Option<oci::Seccomp>,
-    ) -> Container {
+    pub fn new(id: String, cgroup: Cgroup, init: Process, common: Common) -> Container {
         Container {
             id,
             cgroup,
             init: Arc::new(init),
-            seccomp,
+            common,
             execs: Mutex::default(),
         }
     }

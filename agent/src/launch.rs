@@ -15,6 +15,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
+use crate::attributes::Attributes;
 use crate::oci::IdMapping;
 use crate::plan::{self, Failure, Handover, Order, Place, Plan, Report, StartHooks};
 use crate::reaper::{Exit, Reaper};
@@ -81,6 +82,9 @@ pub async fn launch(
     plan: &Plan,
     streams: Streams,
 ) -> Result<Launched, LaunchError> {
+    // What can't be is refused before anything is started.
+    let is_exec = matches!(plan.place, Place::Enter { .. });
+    let attributes = Attributes::parse(&plan.process, is_exec)?;
     let expectation = reaper.expect();
     let channel = spawn(program, plan, &streams.fds)?;
     let Streams { fds, terminal } = streams;
@@ -102,6 +106,7 @@ pub async fn launch(
                 let exit = expectation.claim(pid);
                 let pidfd = open_pidfd(pid).map_err(LaunchError::Talk)?;
                 progress.process = Some((pid, pidfd, exit));
+                attributes.apply_limits(Pid::from_raw(pid).ok_or_else(missing)?)?;
                 order(&channel)?;
             }
             Report::Console => {
@@ -116,6 +121,8 @@ pub async fn launch(
                 progress.terminal = Some(master);
             }
             Report::Ready => {
+                let (pid, ..) = progress.process.as_ref().ok_or_else(missing)?;
+                attributes.apply_scheduling(Pid::from_raw(*pid).ok_or_else(missing)?)?;
                 let terminal = progress.terminal.take();
                 let hooks = plan.start_hooks.as_ref();
                 let hooks = hooks.map_or(Duration::ZERO, StartHooks::time_limit);
@@ -239,16 +246,8 @@ fn write_mappings(pid: i32, plan: &Plan) -> io::Result<()> {
     let Place::Create(spec) = &plan.place else {
         return Err(io::Error::other("only a new container has mappings"));
     };
-    let text = |mappings: &[IdMapping]| -> String {
-        let line = |m: &IdMapping| format!("{} {} {}\n", m.container_id, m.host_id, m.size);
-        mappings.iter().map(line).collect()
-    };
-    std::fs::write(
-        format!("/proc/{pid}/uid_map"),
-        text(&spec.linux.uid_mappings),
-    )?;
-    std::fs::write(
-        format!("/proc/{pid}/gid_map"),
-        text(&spec.linux.gid_mappings),
-    )
+    let directory = Path::new("/proc").join(pid.to_string());
+    let (uids, gids) = (&spec.linux.uid_mappings, &spec.linux.gid_mappings);
+    std::fs::write(directory.join("uid_map"), IdMapping::lines(uids))?;
+    std::fs::write(directory.join("gid_map"), IdMapping::lines(gids))
 }

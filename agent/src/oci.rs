@@ -57,7 +57,7 @@ pub struct Process {
     pub env: Vec<String>,
     /// Working directory, absolute.
     pub cwd: PathBuf,
-    /// Capability sets; absent leaves them as they come with the user.
+    /// Capability sets; absent: none at all.
     pub capabilities: Option<Capabilities>,
     /// Resource limits.
     pub rlimits: Vec<Rlimit>,
@@ -65,6 +65,76 @@ pub struct Process {
     pub no_new_privileges: bool,
     /// Written to /proc/self/oom_score_adj.
     pub oom_score_adj: Option<i32>,
+    /// How it is scheduled.
+    pub scheduler: Option<Scheduler>,
+    /// How its reads and writes are ordered.
+    pub io_priority: Option<IoPriority>,
+    /// Where a process that enters a container runs.
+    #[serde(rename = "execCPUAffinity")]
+    pub exec_cpu_affinity: Option<CpuAffinity>,
+}
+
+impl Process {
+    /// What a process that enters a container takes over from its init where it says nothing.
+    pub fn inherit(&mut self, init: &Process) {
+        if self.capabilities.is_none() {
+            self.capabilities.clone_from(&init.capabilities);
+        }
+        if self.rlimits.is_empty() {
+            self.rlimits.clone_from(&init.rlimits);
+        }
+        self.oom_score_adj = self.oom_score_adj.or(init.oom_score_adj);
+        if self.scheduler.is_none() {
+            self.scheduler.clone_from(&init.scheduler);
+        }
+        if self.io_priority.is_none() {
+            self.io_priority.clone_from(&init.io_priority);
+        }
+        if self.exec_cpu_affinity.is_none() {
+            self.exec_cpu_affinity.clone_from(&init.exec_cpu_affinity);
+        }
+    }
+}
+
+/// How a process is scheduled (sched_setattr(2)).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Scheduler {
+    /// Name like `SCHED_OTHER`.
+    pub policy: String,
+    /// Nice value.
+    pub nice: i32,
+    /// Static priority of the real-time policies.
+    pub priority: i32,
+    /// Names like `SCHED_FLAG_RESET_ON_FORK`.
+    pub flags: Vec<String>,
+    /// Nanoseconds, for `SCHED_DEADLINE`.
+    pub runtime: u64,
+    /// Nanoseconds, for `SCHED_DEADLINE`.
+    pub deadline: u64,
+    /// Nanoseconds, for `SCHED_DEADLINE`.
+    pub period: u64,
+}
+
+/// How a process's reads and writes are ordered (ioprio_set(2)).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IoPriority {
+    /// Name like `IOPRIO_CLASS_BE`.
+    pub class: String,
+    /// Within the class; 0 is the highest.
+    pub priority: i32,
+}
+
+/// CPUs, as lists like `0-3,7`; an empty one changes nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CpuAffinity {
+    /// Before the process is in the container's cgroup.
+    pub initial: String,
+    /// From then on.
+    #[serde(rename = "final")]
+    pub last: String,
 }
 
 /// Size of a terminal in characters.
@@ -142,6 +212,10 @@ pub struct Mount {
     pub source: PathBuf,
     /// Flags by name, the rest is for the file system.
     pub options: Vec<String>,
+    /// User ids of a mount with mapped ids.
+    pub uid_mappings: Vec<IdMapping>,
+    /// Group ids of a mount with mapped ids.
+    pub gid_mappings: Vec<IdMapping>,
 }
 
 /// The `linux` member.
@@ -170,10 +244,22 @@ pub struct Linux {
     pub readonly_paths: Vec<PathBuf>,
     /// Execution domain.
     pub personality: Option<Personality>,
+    /// Offsets of a new time namespace, by clock.
+    pub time_offsets: BTreeMap<String, TimeOffset>,
+}
+
+/// How far a clock of a time namespace is ahead.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TimeOffset {
+    /// Seconds.
+    pub secs: i64,
+    /// And nanoseconds.
+    pub nanosecs: u32,
 }
 
 /// One line of uid_map or gid_map.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct IdMapping {
     /// First id inside.
@@ -184,6 +270,14 @@ pub struct IdMapping {
     pub host_id: u32,
     /// How many.
     pub size: u32,
+}
+
+impl IdMapping {
+    /// As uid_map and gid_map take them.
+    pub fn lines(mappings: &[IdMapping]) -> String {
+        let line = |m: &IdMapping| format!("{} {} {}\n", m.container_id, m.host_id, m.size);
+        mappings.iter().map(line).collect()
+    }
 }
 
 /// A namespace to make, or with a path, to join.
@@ -238,6 +332,9 @@ pub struct Device {
 pub struct Personality {
     /// `LINUX` or `LINUX32`.
     pub domain: String,
+    /// Names of flags, of which none is defined.
+    #[serde(default)]
+    pub flags: Vec<String>,
 }
 
 /// Limits of a container.
@@ -278,6 +375,18 @@ pub struct DeviceRule {
     pub minor: Option<i64>,
     /// Some of `rwm`.
     pub access: Option<String>,
+}
+
+impl DeviceRule {
+    /// Whether it is about every use of every device.
+    pub fn is_for_all(&self) -> bool {
+        let is_any = |number: Option<i64>| matches!(number, None | Some(-1));
+        let access = self.access.as_deref().unwrap_or("rwm");
+        matches!(self.kind.as_deref(), None | Some("a" | ""))
+            && is_any(self.major)
+            && is_any(self.minor)
+            && "rwm".chars().all(|letter| access.contains(letter))
+    }
 }
 
 /// Memory limits in bytes; -1 is none.

@@ -30,6 +30,8 @@ pub struct Plan {
     pub process: oci::Process,
     /// Its system call filter.
     pub seccomp: Option<oci::Seccomp>,
+    /// Its execution domain.
+    pub personality: Option<oci::Personality>,
     /// Directory of the container's cgroup; none where there is no cgroup v2.
     pub cgroup: Option<PathBuf>,
     /// Where to run it.

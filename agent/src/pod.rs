@@ -160,6 +160,7 @@ async fn launch_pause(program: &Path, reaper: &Arc<Reaper>) -> Result<i32, PodEr
             ..Process::default()
         },
         seccomp: None,
+        personality: None,
         cgroup: None,
         place: Place::Pause,
         start_hooks: None,

@@ -11,7 +11,7 @@ use husk_protocol::messages::{PreparePodRequest, Stdio};
 use rustix::process::Signal;
 
 use crate::cgroup::{Cgroup, CgroupError};
-use crate::container::{Container, Ending, Process, lock};
+use crate::container::{Common, Container, Ending, Process, lock};
 use crate::launch::{LaunchError, launch};
 use crate::oci::{self, NamespaceKind, Resources, Spec};
 use crate::plan::{Place, Plan, StartHooks};
@@ -170,10 +170,15 @@ impl Sandbox {
                     .as_ref()
                     .is_none_or(|path| path.as_os_str().is_empty())
         });
-        let seccomp = spec.linux.seccomp.clone();
+        let common = Common {
+            init: spec.process.clone(),
+            seccomp: spec.linux.seccomp.clone(),
+            personality: spec.linux.personality.clone(),
+        };
         let plan = Plan {
             process: spec.process.clone(),
-            seccomp: seccomp.clone(),
+            seccomp: common.seccomp.clone(),
+            personality: common.personality.clone(),
             cgroup: Some(cgroup.path().to_owned()),
             start_hooks: StartHooks::of(&spec, id, bundle),
             place: Place::Create(Box::new(spec)),
@@ -197,7 +202,7 @@ impl Sandbox {
         };
         let mut exit = launched.exit.clone();
         let process = Process::gated(launched);
-        let container = Arc::new(Container::new(id.to_owned(), cgroup, process, seccomp));
+        let container = Arc::new(Container::new(id.to_owned(), cgroup, process, common));
         let watched = Arc::clone(&container);
         tokio::spawn(async move {
             let Some(exit) = ended(&mut exit).await else {
@@ -244,8 +249,9 @@ impl Sandbox {
         if container.process(exec_id).is_ok() {
             return Err(SandboxError::ProcessExists(exec_id.to_owned()));
         }
-        let process: oci::Process =
+        let mut process: oci::Process =
             serde_json::from_slice(process_json).map_err(SandboxError::InvalidSpec)?;
+        process.inherit(&container.common.init);
         let streams = self.config.ports.open(stdio, process.terminal)?;
         container.add(Process::registered(exec_id.to_owned(), process, streams))
     }
@@ -280,7 +286,8 @@ impl Sandbox {
         let init_pid = container.init.pid().ok_or_else(stopped)?;
         let plan = Plan {
             process: spec,
-            seccomp: container.seccomp.clone(),
+            seccomp: container.common.seccomp.clone(),
+            personality: container.common.personality.clone(),
             cgroup: Some(container.cgroup.path().to_owned()),
             place: Place::Enter { init_pid },
             start_hooks: None,

@@ -211,21 +211,56 @@ pub fn attach_device_program(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) ->
     Ok(())
 }
 
-/// Sets attributes (`MOUNT_ATTR_…`) of a whole mount tree.
-pub fn set_mount_attributes(tree: BorrowedFd<'_>, set: u64) -> io::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: set,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
+/// Sets and clears attributes (`MOUNT_ATTR_…`) of a mount, or of the whole tree below it.
+pub fn set_mount_attributes(
+    mount: BorrowedFd<'_>,
+    set: u64,
+    clear: u64,
+    is_recursive: bool,
+) -> io::Result<()> {
+    change_mount(
+        mount,
+        is_recursive,
+        libc::mount_attr {
+            attr_set: set,
+            attr_clr: clear,
+            propagation: 0,
+            userns_fd: 0,
+        },
+    )
+}
+
+/// Maps the ids of a mount that is mounted nowhere yet by those of a user namespace.
+pub fn map_mount_ids(
+    mount: BorrowedFd<'_>,
+    user_namespace: BorrowedFd<'_>,
+    is_recursive: bool,
+) -> io::Result<()> {
+    change_mount(
+        mount,
+        is_recursive,
+        libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: u64::from(user_namespace.as_raw_fd().unsigned_abs()),
+        },
+    )
+}
+
+fn change_mount(
+    mount: BorrowedFd<'_>,
+    is_recursive: bool,
+    attributes: libc::mount_attr,
+) -> io::Result<()> {
+    let recursive = if is_recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a terminated string, the attributes are whole and only read.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
+            mount.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            libc::AT_EMPTY_PATH | recursive,
             &raw const attributes,
             size_of_val(&attributes),
         )
@@ -235,6 +270,32 @@ pub fn set_mount_attributes(tree: BorrowedFd<'_>, set: u64) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Makes a child that does nothing, in a user namespace of its own, until it is killed or its
+/// parent ends.
+///
+/// Only for a process with a single thread, as it forks.
+pub fn idle_in_user_namespace() -> io::Result<Pid> {
+    // SAFETY: with one thread no lock is held by another, and the child below only makes system
+    // calls.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, CLONE_IDLE, 0, 0, 0, 0) };
+    if pid == 0 {
+        loop {
+            // SAFETY: prctl takes numbers here and touches no memory of ours.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            // SAFETY: pause takes nothing.
+            unsafe { libc::pause() };
+        }
+    }
+    i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .filter(|_| pid > 0)
+        .ok_or_else(io::Error::last_os_error)
+}
+
+/// A new user namespace, and a signal to the parent at the end as fork has it.
+const CLONE_IDLE: libc::c_int = libc::CLONE_NEWUSER | libc::SIGCHLD;
 
 /// Brings the loopback interface of the current network namespace up.
 pub fn raise_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
@@ -349,6 +410,69 @@ fn adjust_clock(change: &mut libc::timex) -> io::Result<()> {
     // SAFETY: change is a whole timex, read and filled in.
     let state = unsafe { libc::adjtimex(change) };
     if state < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// What sched_setattr(2) takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulingAttributes {
+    /// `SCHED_…`.
+    pub policy: u32,
+    /// `SCHED_FLAG_…`.
+    pub flags: u64,
+    /// Nice value.
+    pub nice: i32,
+    /// Static priority.
+    pub priority: u32,
+    /// Nanoseconds per period.
+    pub runtime_ns: u64,
+    /// Nanoseconds after the start of a period.
+    pub deadline_ns: u64,
+    /// Nanoseconds of a period.
+    pub period_ns: u64,
+}
+
+/// Sets how a process with a single thread is scheduled.
+pub fn set_scheduling(pid: i32, attributes: &SchedulingAttributes) -> io::Result<()> {
+    /// linux/sched/types.h: the first version of `struct sched_attr`.
+    #[repr(C)]
+    struct Attributes {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+    }
+    const SIZE: usize = size_of::<Attributes>();
+    let attributes = Attributes {
+        size: u32::try_from(SIZE).map_err(io::Error::other)?,
+        policy: attributes.policy,
+        flags: attributes.flags,
+        nice: attributes.nice,
+        priority: attributes.priority,
+        runtime: attributes.runtime_ns,
+        deadline: attributes.deadline_ns,
+        period: attributes.period_ns,
+    };
+    // SAFETY: the attributes are as long as they say, live through the call and are only read.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &raw const attributes, 0) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Sets a process's I/O priority, class and number in one (linux/ioprio.h).
+pub fn set_io_priority(pid: i32, priority: u32) -> io::Result<()> {
+    const IOPRIO_WHO_PROCESS: i32 = 1;
+    // SAFETY: ioprio_set takes three numbers and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, priority) };
+    if result < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())

@@ -24,6 +24,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
+#[path = "containers/spec.rs"]
+mod spec;
+
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// One for all tests of this program, as there is one reaper in a process.
@@ -113,6 +116,7 @@ fn make_rootfs(root: &Path) -> Result<()> {
         "mount",
         "tty",
         "readlink",
+        "uname",
     ] {
         let _ = std::os::unix::fs::symlink("busybox", root.join("bin").join(name));
     }

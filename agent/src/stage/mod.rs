@@ -7,7 +7,9 @@
 //! for a place in it stands beside it.
 
 mod console;
+mod copy;
 mod hooks;
+mod idmap;
 mod mounts;
 mod namespaces;
 mod nodes;
@@ -26,6 +28,7 @@ use crate::plan::{
     self, FAILURE_TEXT_BYTES_MAX, Failure, HANDOVER_FDS, Handover, Place, Plan, Report,
 };
 use crate::sys::{self, Fork};
+use program::Program;
 
 /// What a step returns.
 type Step<T = ()> = Result<T, Failure>;
@@ -87,10 +90,15 @@ fn run(channel: BorrowedFd<'_>) -> Step {
         "the launch stage forks and must have one thread"
     );
     let (plan, streams) = take_plan(channel)?;
+    // Takes rights over the file systems, which a user namespace does not give.
+    let mapped = match &plan.place {
+        Place::Create(spec) => idmap::prepare(spec)?,
+        Place::Enter { .. } | Place::Pause => Vec::new(),
+    };
     if namespaces::enter_or_prepare(channel, &plan)? == Fork::Child {
         return match plan.place {
-            Place::Pause => pause::become_pause(channel, &plan, &streams),
-            _ => become_process(channel, &plan, &streams),
+            Place::Pause => pause::become_pause(channel, &streams),
+            _ => become_process(channel, &plan, &streams, &mapped),
         };
     }
     Ok(())
@@ -108,7 +116,12 @@ fn take_plan(channel: BorrowedFd<'_>) -> Step<(Plan, [OwnedFd; 3])> {
 }
 
 /// The child's steps.
-fn become_process(channel: BorrowedFd<'_>, plan: &Plan, streams: &[OwnedFd; 3]) -> Step {
+fn become_process(
+    channel: BorrowedFd<'_>,
+    plan: &Plan,
+    streams: &[OwnedFd; 3],
+    mapped: &[Option<OwnedFd>],
+) -> Step {
     // The agent must know the pid before anything can end this process on its own account.
     plan::await_order(channel).or_fail(|| "wait for the agent".into())?;
     let process = &plan.process;
@@ -117,7 +130,7 @@ fn become_process(channel: BorrowedFd<'_>, plan: &Plan, streams: &[OwnedFd; 3]) 
     rustix::process::umask(rustix::fs::Mode::empty());
     namespaces::finish(plan)?;
     if let Place::Create(spec) = &plan.place {
-        build_container(spec)?;
+        build_container(spec, mapped)?;
     }
     if process.terminal {
         let name_console = matches!(plan.place, Place::Create(_));
@@ -128,10 +141,11 @@ fn become_process(channel: BorrowedFd<'_>, plan: &Plan, streams: &[OwnedFd; 3]) 
     }
     if let Place::Create(spec) = &plan.place {
         seal_container(spec)?;
-        program::set_personality(spec)?;
+    }
+    if let Some(personality) = &plan.personality {
+        program::set_personality(personality)?;
     }
     console::close_on_exec()?;
-    user::set_limits(process)?;
     // Needs privileges that the next step takes away.
     user::bound_capabilities(process)?;
     let filter = plan.seccomp.as_ref().map(program::compile).transpose()?;
@@ -139,13 +153,15 @@ fn become_process(channel: BorrowedFd<'_>, plan: &Plan, streams: &[OwnedFd; 3]) 
         // Without no_new_privs only a privileged process may filter itself.
         program::install(filter)?;
     }
-    program::prepare_cwd(process)?;
+    let is_cwd_left = program::try_cwd(process)?;
     user::switch(process)?;
-    program::enter_cwd(process)?;
+    if is_cwd_left {
+        program::enter_cwd(process)?;
+    }
     if process.no_new_privileges {
         rustix::thread::set_no_new_privs(true).or_fail(|| "set no_new_privs".into())?;
     }
-    let program = program::find(process)?;
+    let program = Program::prepare(process)?;
     plan::send(channel, &Report::Ready, &[]).or_fail(|| "report to the agent".into())?;
     plan::await_order(channel).or_fail(|| "wait for the start".into())?;
     if let (Some(filter), true) = (&filter, process.no_new_privileges) {
@@ -155,22 +171,26 @@ fn become_process(channel: BorrowedFd<'_>, plan: &Plan, streams: &[OwnedFd; 3]) 
         // They are the container's: what confines its process confines them.
         hooks::run(hooks)?;
     }
-    program::execute(&program, process)
+    program.execute()
 }
 
 /// Everything up to the point where the container's root is the only one.
-fn build_container(spec: &Spec) -> Step {
+fn build_container(spec: &Spec, mapped: &[Option<OwnedFd>]) -> Step {
     let root = rootfs::prepare(spec)?;
-    for mount in &spec.mounts {
-        mounts::mount(root.as_fd(), mount)?;
+    let mut sealed_later = Vec::new();
+    for (index, mount) in spec.mounts.iter().enumerate() {
+        let tree = mapped.get(index).and_then(Option::as_ref);
+        mounts::mount(root.as_fd(), mount, tree, &mut sealed_later)?;
     }
     nodes::create(root.as_fd(), spec)?;
+    mounts::seal(&sealed_later)?;
     rootfs::pivot(&root)?;
     rootfs::set_propagation(spec)?;
     if has_own(spec, NamespaceKind::Uts) || joins(spec, NamespaceKind::Uts) {
         namespaces::name_host(spec)?;
     }
-    Ok(())
+    // Before the root may become read-only.
+    program::make_cwd(&spec.process)
 }
 
 /// What must come after the console's mount, and before privileges are dropped.

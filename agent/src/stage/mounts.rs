@@ -4,6 +4,8 @@
 //! with that root as `/` (openat2, RESOLVE_IN_ROOT), and what is mounted goes onto the descriptor
 //! found, so that no symbolic link leads out.
 
+mod options;
+
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -11,18 +13,26 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::mount::{MsFlags, mount as mount_call};
-use nix::sys::statvfs::{FsFlags, statvfs};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
-use super::{OrFail, Step, refusal};
+use super::copy::copy_tree;
+use super::{OrFail, Step};
 use crate::oci;
-use crate::sys;
+pub(super) use options::{Attributes, Depth, Options};
 
-/// Mounts one of the list.
-pub(super) fn mount(root: BorrowedFd<'_>, mount: &oci::Mount) -> Step {
-    let options = Options::parse(&mount.options)?;
+/// Mounts that become read-only once everything is in them.
+pub(super) type SealedLater = Vec<OwnedFd>;
+
+/// Mounts one of the list. `mapped` is its tree, if its ids are mapped.
+pub(super) fn mount(
+    root: BorrowedFd<'_>,
+    mount: &oci::Mount,
+    mapped: Option<&OwnedFd>,
+    sealed_later: &mut SealedLater,
+) -> Step {
+    let mut options = Options::parse(&mount.options)?;
     let step = || {
         format!(
             "mount {} on {}",
@@ -30,83 +40,130 @@ pub(super) fn mount(root: BorrowedFd<'_>, mount: &oci::Mount) -> Step {
             mount.destination.display()
         )
     };
-    if mount.kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
-        return bind(root, mount, &options).or_fail(step);
+    if mount.kind == "bind" || options.bind.is_some() {
+        let depth = options.bind.unwrap_or(Depth::Single);
+        let tree = match mapped {
+            Some(tree) => tree.try_clone(),
+            None => clone_tree(&mount.source, depth),
+        };
+        return tree
+            .and_then(|tree| attach(root, mount, &tree, &options))
+            .or_fail(step);
     }
-    let target = open_or_create(root, &mount.destination, Kind::Directory).or_fail(step)?;
-    let kind = if mount.kind == "cgroup" {
-        "cgroup2"
-    } else {
-        &mount.kind
+    // Nodes and mount points are made in it still.
+    let is_filled_later =
+        mount.kind == "tmpfs" || normal_names(&mount.destination) == [OsStr::new("dev")];
+    let is_sealed_later = is_filled_later && options.own.take_read_only();
+    if is_sealed_later {
+        options.flags.remove(MsFlags::MS_RDONLY);
+    }
+    let mounted = match make(root, mount, &options) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => match guest_tree(&mount.kind) {
+            Some(tree) => tree.and_then(|tree| {
+                attach(root, mount, &tree, &options)?;
+                Ok(tree)
+            }),
+            None => Err(error),
+        },
+        made => made,
     };
-    // tmpcopyup is ours, not the file system's.
-    let data = options.data.join(",");
-    let data = (!data.is_empty() && kind != "cgroup2").then_some(data.as_str());
-    let path = fd_path(target.as_fd());
-    mount_call(Some(&mount.source), &path, Some(kind), options.flags, data).or_fail(step)?;
-    let mounted = open_in(root, &mount.destination).or_fail(step)?;
-    options.apply_tree(mounted.as_fd()).or_fail(step)
+    let mounted = mounted.or_fail(step)?;
+    if is_sealed_later {
+        sealed_later.push(mounted);
+    }
+    Ok(())
 }
 
-fn bind(root: BorrowedFd<'_>, mount: &oci::Mount, options: &Options) -> io::Result<()> {
+/// Makes what was kept writable read-only.
+pub(super) fn seal(mounts: &SealedLater) -> Step {
+    for mount in mounts {
+        Attributes::READ_ONLY
+            .apply(mount.as_fd(), Depth::Single)
+            .or_fail(|| "make a mount read-only".into())?;
+    }
+    Ok(())
+}
+
+/// Mounts a new file system.
+fn make(root: BorrowedFd<'_>, mount: &oci::Mount, options: &Options) -> io::Result<OwnedFd> {
+    let covered = open_in(root, &mount.destination);
+    let mut data = options.data.clone();
+    if mount.kind == "tmpfs"
+        && let Ok(covered) = &covered
+    {
+        // It looks like what it covers, unless the options say otherwise.
+        let stat = rustix::fs::fstat(covered)?;
+        data.insert(0, format!("mode={:04o}", stat.st_mode & 0o7777));
+    }
+    let kind = match mount.kind.as_str() {
+        "cgroup" | "cgroup2" => {
+            // Those that callers know are of the first version.
+            data.clear();
+            "cgroup2"
+        }
+        kind => kind,
+    };
+    let target = open_or_create(root, &mount.destination, Kind::Directory)?;
+    let data = data.join(",");
+    let data = (!data.is_empty()).then_some(data.as_str());
+    let path = fd_path(target.as_fd());
+    mount_call(Some(&mount.source), &path, Some(kind), options.flags, data)?;
+    let mounted = open_in(root, &mount.destination)?;
+    if options.copies_up {
+        copy_tree(target.as_fd(), mounted.as_fd())?;
+    }
+    options.apply_tree(mounted.as_fd())?;
+    Ok(mounted)
+}
+
+/// The guest's own tree instead of a new file system, which a container in a user namespace may not
+/// have: its network and its cgroups belong to the pod.
+fn guest_tree(kind: &str) -> Option<io::Result<OwnedFd>> {
+    let path = match kind {
+        "sysfs" => "/sys",
+        "cgroup" | "cgroup2" => "/sys/fs/cgroup",
+        _ => return None,
+    };
+    Some(clone_tree(Path::new(path), Depth::Recursive))
+}
+
+/// A copy of a tree that is mounted nowhere yet.
+pub(super) fn clone_tree(source: &Path, depth: Depth) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    if options.flags.contains(MsFlags::MS_REC) {
+    if depth == Depth::Recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    let tree =
-        rustix::mount::open_tree(rustix::fs::CWD, &mount.source, flags).map_err(|error| {
-            io::Error::new(
-                io::Error::from(error).kind(),
-                format!("its source {}: {error}", mount.source.display()),
-            )
-        })?;
-    let stat = rustix::fs::fstat(&tree)?;
+    rustix::mount::open_tree(rustix::fs::CWD, source, flags).map_err(|error| {
+        let error = io::Error::from(error);
+        io::Error::new(
+            error.kind(),
+            format!("its source {}: {error}", source.display()),
+        )
+    })
+}
+
+/// Mounts a tree where the mount says, with its options.
+fn attach(
+    root: BorrowedFd<'_>,
+    mount: &oci::Mount,
+    tree: &OwnedFd,
+    options: &Options,
+) -> io::Result<()> {
+    let stat = rustix::fs::fstat(tree)?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => Kind::Directory,
         _ => Kind::File,
     };
     let target = open_or_create(root, &mount.destination, kind)?;
-    rustix::mount::move_mount(
-        &tree,
-        "",
-        &target,
-        "",
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
-    )?;
-    let change = options.flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
-    if !change.is_empty() {
-        let flags = change | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
-        remount(&fd_path(tree.as_fd()), flags)?;
-    }
+    move_onto(tree.as_fd(), target.as_fd())?;
+    options.own.apply(tree.as_fd(), Depth::Single)?;
     options.apply_tree(tree.as_fd())
 }
 
-/// Remounts, keeping what a less privileged owner may not take off.
-pub(super) fn remount(path: &Path, flags: MsFlags) -> io::Result<()> {
-    let none: Option<&str> = None;
-    match mount_call(none, path, none, flags, none) {
-        Err(nix::Error::EPERM) => {
-            let locked = locked_flags(path)?;
-            Ok(mount_call(none, path, none, flags | locked, none)?)
-        }
-        other => Ok(other?),
-    }
-}
-
-fn locked_flags(path: &Path) -> io::Result<MsFlags> {
-    let has = statvfs(path)?.flags();
-    Ok([
-        (FsFlags::ST_RDONLY, MsFlags::MS_RDONLY),
-        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
-        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
-        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
-        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
-        (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
-        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
-    ]
-    .into_iter()
-    .filter(|(flag, _)| has.contains(*flag))
-    .fold(MsFlags::empty(), |all, (_, flag)| all | flag))
+/// Mounts a tree that is mounted nowhere yet.
+pub(super) fn move_onto(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(rustix::mount::move_mount(tree, "", target, "", flags)?)
 }
 
 /// What a destination that does not exist is made as.
@@ -205,127 +262,7 @@ pub(super) fn fd_path(fd: BorrowedFd<'_>) -> PathBuf {
 
 /// Binds a tree of the agent's onto a place in the container.
 pub(super) fn bind_onto(source: &Path, target: BorrowedFd<'_>) -> io::Result<()> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let tree = rustix::mount::open_tree(rustix::fs::CWD, source, flags)?;
-    Ok(rustix::mount::move_mount(
-        &tree,
-        "",
-        target,
-        "",
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
-    )?)
-}
-
-/// A mount's options, sorted out.
-#[derive(Debug, PartialEq, Eq)]
-struct Options {
-    /// For the mount call.
-    flags: MsFlags,
-    /// Propagation, set by calls of their own.
-    propagation: Vec<MsFlags>,
-    /// Attributes (`MOUNT_ATTR_…`) for the whole tree.
-    tree_attributes: u64,
-    /// For the file system.
-    data: Vec<String>,
-}
-
-impl Options {
-    fn parse(options: &[String]) -> Step<Options> {
-        let mut parsed = Options {
-            flags: MsFlags::empty(),
-            propagation: Vec::new(),
-            tree_attributes: 0,
-            data: Vec::new(),
-        };
-        for option in options {
-            if let Some((set, flag)) = flag_named(option) {
-                parsed.flags.set(flag, set);
-            } else if let Some(flag) = propagation_named(option) {
-                parsed.propagation.push(flag);
-            } else if let Some(attribute) = tree_attribute_named(option) {
-                parsed.tree_attributes |= attribute;
-            } else if matches!(option.as_str(), "idmap" | "ridmap") {
-                return Err(refusal(format!(
-                    "mounts: the option {option} is not supported"
-                )));
-            } else if option != "defaults" && option != "tmpcopyup" {
-                parsed.data.push(option.clone());
-            }
-        }
-        Ok(parsed)
-    }
-
-    /// What can only be set on a tree that is mounted already.
-    fn apply_tree(&self, tree: BorrowedFd<'_>) -> io::Result<()> {
-        let none: Option<&str> = None;
-        for flag in &self.propagation {
-            mount_call(none, &fd_path(tree), none, *flag, none)?;
-        }
-        if self.tree_attributes != 0 {
-            sys::set_mount_attributes(tree, self.tree_attributes)?;
-        }
-        Ok(())
-    }
-}
-
-/// Options that are a flag of mount(2), and whether they set or clear it.
-fn flag_named(option: &str) -> Option<(bool, MsFlags)> {
-    Some(match option {
-        "bind" => (true, MsFlags::MS_BIND),
-        "rbind" => (true, MsFlags::MS_BIND | MsFlags::MS_REC),
-        "ro" => (true, MsFlags::MS_RDONLY),
-        "rw" => (false, MsFlags::MS_RDONLY),
-        "nosuid" => (true, MsFlags::MS_NOSUID),
-        "suid" => (false, MsFlags::MS_NOSUID),
-        "nodev" => (true, MsFlags::MS_NODEV),
-        "dev" => (false, MsFlags::MS_NODEV),
-        "noexec" => (true, MsFlags::MS_NOEXEC),
-        "exec" => (false, MsFlags::MS_NOEXEC),
-        "sync" => (true, MsFlags::MS_SYNCHRONOUS),
-        "async" => (false, MsFlags::MS_SYNCHRONOUS),
-        "dirsync" => (true, MsFlags::MS_DIRSYNC),
-        "mand" => (true, MsFlags::MS_MANDLOCK),
-        "nomand" => (false, MsFlags::MS_MANDLOCK),
-        "noatime" => (true, MsFlags::MS_NOATIME),
-        "atime" => (false, MsFlags::MS_NOATIME),
-        "nodiratime" => (true, MsFlags::MS_NODIRATIME),
-        "diratime" => (false, MsFlags::MS_NODIRATIME),
-        "relatime" => (true, MsFlags::MS_RELATIME),
-        "norelatime" => (false, MsFlags::MS_RELATIME),
-        "strictatime" => (true, MsFlags::MS_STRICTATIME),
-        "nostrictatime" => (false, MsFlags::MS_STRICTATIME),
-        "iversion" => (true, MsFlags::MS_I_VERSION),
-        "noiversion" => (false, MsFlags::MS_I_VERSION),
-        "silent" => (true, MsFlags::MS_SILENT),
-        "loud" => (false, MsFlags::MS_SILENT),
-        _ => return None,
-    })
-}
-
-fn propagation_named(option: &str) -> Option<MsFlags> {
-    let (recursive, name) = match option.strip_prefix('r') {
-        Some(name) => (MsFlags::MS_REC, name),
-        None => (MsFlags::empty(), option),
-    };
-    let flag = match name {
-        "private" => MsFlags::MS_PRIVATE,
-        "shared" => MsFlags::MS_SHARED,
-        "slave" => MsFlags::MS_SLAVE,
-        "unbindable" => MsFlags::MS_UNBINDABLE,
-        _ => return None,
-    };
-    Some(flag | recursive)
-}
-
-fn tree_attribute_named(option: &str) -> Option<u64> {
-    Some(match option {
-        "rro" => libc::MOUNT_ATTR_RDONLY,
-        "rnosuid" => libc::MOUNT_ATTR_NOSUID,
-        "rnodev" => libc::MOUNT_ATTR_NODEV,
-        "rnoexec" => libc::MOUNT_ATTR_NOEXEC,
-        "rnosymfollow" => libc::MOUNT_ATTR_NOSYMFOLLOW,
-        _ => return None,
-    })
+    move_onto(clone_tree(source, Depth::Single)?.as_fd(), target)
 }
 
 /// Opens a path of the stage's own view.

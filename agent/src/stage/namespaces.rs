@@ -11,7 +11,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags};
 
 use super::{OrFail, Step, has_own, refusal};
-use crate::oci::{NamespaceKind, Spec};
+use crate::attributes::first_affinity;
+use crate::oci::{NamespaceKind, Process, Spec};
 use crate::plan::{self, Place, Plan, Report};
 use crate::sys::{self, Fork, clone_sibling};
 
@@ -30,7 +31,9 @@ pub(super) fn enter_or_prepare(channel: BorrowedFd<'_>, plan: &Plan) -> Step<For
                     enter_cgroup(path)?;
                     cgroup = None;
                 }
-                make_user_namespace(channel)?;
+                make_user_namespace(channel, spec)?;
+            } else if has_own(spec, NamespaceKind::Time) {
+                make_time_namespace(spec)?;
             }
             for namespace in &spec.linux.namespaces {
                 if let Some(path) = namespace
@@ -48,6 +51,7 @@ pub(super) fn enter_or_prepare(channel: BorrowedFd<'_>, plan: &Plan) -> Step<For
             }
         }
         Place::Enter { init_pid } => {
+            run_on_first_cpus(&plan.process)?;
             fallback = Some(open_init_cgroup(*init_pid)?);
             enter_container(*init_pid)?;
         }
@@ -84,6 +88,16 @@ pub(super) fn finish(plan: &Plan) -> Step {
         Place::Enter { .. } | Place::Pause => {}
     }
     Ok(())
+}
+
+/// Goes to the CPUs where a process is to be until it is in the container's cgroup.
+fn run_on_first_cpus(process: &Process) -> Step {
+    let affinity = process.exec_cpu_affinity.as_ref();
+    let Some(cpus) = affinity.map_or(Ok(None), first_affinity)? else {
+        return Ok(());
+    };
+    rustix::thread::sched_setaffinity(None, &cpus)
+        .or_fail(|| "set the CPUs (process.execCPUAffinity.initial)".into())
 }
 
 /// Sets what the UTS namespace holds.
@@ -128,14 +142,16 @@ fn check(spec: &Spec) -> Step {
             "linux.namespaces: a container needs a mount namespace of its own".into(),
         ));
     }
-    if spec
-        .linux
-        .namespaces
-        .iter()
-        .any(|ns| ns.kind == NamespaceKind::Time)
-    {
+    if !spec.linux.time_offsets.is_empty() && !has_own(spec, NamespaceKind::Time) {
         return Err(refusal(
-            "linux.namespaces: time namespaces are not supported".into(),
+            "linux.timeOffsets: they need a time namespace of the container's own".into(),
+        ));
+    }
+    let has_mappings = !spec.linux.uid_mappings.is_empty() && !spec.linux.gid_mappings.is_empty();
+    if has_own(spec, NamespaceKind::User) && !has_mappings {
+        return Err(refusal(
+            "linux.namespaces: a user namespace needs linux.uidMappings and linux.gidMappings"
+                .into(),
         ));
     }
     Ok(())
@@ -167,14 +183,53 @@ fn open_init_cgroup(init_pid: i32) -> Step<Option<OwnedFd>> {
     Ok(open_cgroup(&Path::new("/sys/fs/cgroup").join(below)).ok())
 }
 
-fn make_user_namespace(channel: BorrowedFd<'_>) -> Step {
+fn make_user_namespace(channel: BorrowedFd<'_>, spec: &Spec) -> Step {
     unshare(CloneFlags::CLONE_NEWUSER).or_fail(|| "make a user namespace".into())?;
+    if has_own(spec, NamespaceKind::Time) {
+        // It belongs to the user namespace. And its file belongs to who this process is, who is
+        // somebody else next.
+        make_time_namespace(spec)?;
+    }
     let pid = rustix::process::getpid().as_raw_nonzero().get();
     plan::send(channel, &Report::NeedsMappings { pid }, &[])
         .or_fail(|| "report to the agent".into())?;
     plan::await_order(channel).or_fail(|| "wait for the id mappings".into())?;
     become_root()
 }
+
+/// Makes the time namespace that the child is born into. Its clocks can be set until then.
+fn make_time_namespace(spec: &Spec) -> Step {
+    let offsets = offsets_of(spec)?;
+    unshare(clone_flag(NamespaceKind::Time)).or_fail(|| "make a time namespace".into())?;
+    if offsets.is_empty() {
+        return Ok(());
+    }
+    // All in one call, as the kernel wants them.
+    std::fs::write("/proc/self/timens_offsets", offsets)
+        .or_fail(|| "set the clocks of the time namespace (linux.timeOffsets)".into())
+}
+
+/// The lines that set the clocks.
+fn offsets_of(spec: &Spec) -> Step<String> {
+    let mut lines = String::new();
+    for (clock, offset) in &spec.linux.time_offsets {
+        if !matches!(clock.as_str(), "monotonic" | "boottime") {
+            return Err(refusal(format!(
+                "linux.timeOffsets: {clock:?} is neither monotonic nor boottime"
+            )));
+        }
+        if offset.nanosecs >= NS_PER_S {
+            return Err(refusal(format!(
+                "linux.timeOffsets: {clock} has {} nanoseconds, which is a second or more",
+                offset.nanosecs
+            )));
+        }
+        lines.push_str(&format!("{clock} {} {}\n", offset.secs, offset.nanosecs));
+    }
+    Ok(lines)
+}
+
+const NS_PER_S: u32 = 1_000_000_000;
 
 /// Root of the user namespace; its capabilities are all there already.
 fn become_root() -> Step {
@@ -202,6 +257,7 @@ fn enter_container(init_pid: i32) -> Step {
     for (kind, name) in NAMES {
         let theirs = inode(PathBuf::from(format!("/proc/{init_pid}/ns/{name}"))).or_fail(step)?;
         let ours = inode(PathBuf::from(format!("/proc/self/ns/{name}"))).or_fail(step)?;
+        // None: a kind that this kernel does not have.
         if theirs != ours {
             flags |= clone_flag(kind);
         }
@@ -213,11 +269,15 @@ fn enter_container(init_pid: i32) -> Step {
     Ok(())
 }
 
-fn inode(path: PathBuf) -> io::Result<u64> {
-    Ok(std::fs::metadata(path)?.ino())
+fn inode(path: PathBuf) -> io::Result<Option<u64>> {
+    match std::fs::metadata(path) {
+        Ok(metadata) => Ok(Some(metadata.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
-const NAMES: [(NamespaceKind, &str); 7] = [
+const NAMES: [(NamespaceKind, &str); 8] = [
     (NamespaceKind::User, "user"),
     (NamespaceKind::Pid, "pid"),
     (NamespaceKind::Mount, "mnt"),
@@ -225,4 +285,56 @@ const NAMES: [(NamespaceKind, &str); 7] = [
     (NamespaceKind::Uts, "uts"),
     (NamespaceKind::Network, "net"),
     (NamespaceKind::Cgroup, "cgroup"),
+    (NamespaceKind::Time, "time"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(linux: &str) -> Spec {
+        serde_json::from_str(&format!(r#"{{"linux":{linux}}}"#)).unwrap()
+    }
+
+    #[test]
+    fn namespaces_that_can_not_be_are_refused() {
+        for (linux, word) in [
+            (r#"{"namespaces":[{"type":"pid"}]}"#, "mount namespace"),
+            (
+                r#"{"namespaces":[{"type":"mount"}],"timeOffsets":{"monotonic":{"secs":1}}}"#,
+                "timeOffsets",
+            ),
+            (
+                r#"{"namespaces":[{"type":"mount"},{"type":"user"}]}"#,
+                "uidMappings",
+            ),
+        ] {
+            let failure = check(&spec(linux)).unwrap_err();
+            assert!(
+                failure.is_request_at_fault && failure.text.contains(word),
+                "{failure}"
+            );
+        }
+    }
+
+    #[test]
+    fn offsets_that_are_none_are_refused() {
+        for offsets in [
+            r#"{"realtime":{"secs":1}}"#,
+            r#"{"monotonic":{"secs":1,"nanosecs":1000000000}}"#,
+        ] {
+            let spec = spec(&format!(r#"{{"timeOffsets":{offsets}}}"#));
+            assert!(
+                offsets_of(&spec).unwrap_err().is_request_at_fault,
+                "{offsets}"
+            );
+        }
+    }
+
+    #[test]
+    fn offsets_are_lines() {
+        let offsets = r#"{"timeOffsets":{"monotonic":{"secs":-5},"boottime":{"nanosecs":7}}}"#;
+        let lines = offsets_of(&spec(offsets)).unwrap();
+        assert_eq!(lines, "boottime 0 7\nmonotonic -5 0\n");
+    }
+}

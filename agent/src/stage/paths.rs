@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 
-use super::mounts::{bind_onto, fd_path, open_here, remount};
+use super::mounts::{Attributes, Depth, bind_onto, clone_tree, fd_path, move_onto, open_here};
 use super::{OrFail, Step, refusal};
 use crate::oci::Spec;
 
@@ -43,19 +43,13 @@ fn sysctl_path(key: &str) -> Step<PathBuf> {
     Ok(Path::new("/proc/sys").join(path))
 }
 
-/// Makes a path and what is mounted below it read-only; one that is not there needs nothing.
+/// Makes a path read-only, but nothing that is mounted below it; one that is not there needs
+/// nothing.
 pub(super) fn make_readonly(path: &Path) -> Step {
-    let none: Option<&str> = None;
     let make = || -> io::Result<()> {
-        mount(
-            Some(path),
-            path,
-            none,
-            MsFlags::MS_BIND | MsFlags::MS_REC,
-            none,
-        )?;
-        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_REC;
-        remount(path, flags)
+        let tree = clone_tree(path, Depth::Recursive)?;
+        move_onto(tree.as_fd(), open_here(path)?.as_fd())?;
+        Attributes::READ_ONLY.apply(tree.as_fd(), Depth::Single)
     };
     unless_absent(make()).or_fail(|| format!("make {} read-only", path.display()))
 }

@@ -7,15 +7,14 @@ use nix::mount::{MsFlags, mount};
 use rustix::fs::{Mode, OFlags};
 
 use super::{OrFail, Step, console, rootfs, user};
-use crate::oci::{Capabilities, Process};
+use crate::oci::Process;
 use crate::pause::NAME;
-use crate::plan::{self, Plan, Report};
+use crate::plan::{self, Report};
 
 /// The child's steps.
-pub(super) fn become_pause(channel: BorrowedFd<'_>, plan: &Plan, streams: &[OwnedFd; 3]) -> Step {
+pub(super) fn become_pause(channel: BorrowedFd<'_>, streams: &[OwnedFd; 3]) -> Step {
     plan::await_order(channel).or_fail(|| "wait for the agent".into())?;
     rustix::process::setsid().or_fail(|| "make a session".into())?;
-    user::set_limits(&plan.process)?;
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let program = rustix::fs::open("/proc/self/exe", flags, Mode::empty())
         .or_fail(|| "find the agent's program".into())?;
@@ -23,10 +22,7 @@ pub(super) fn become_pause(channel: BorrowedFd<'_>, plan: &Plan, streams: &[Owne
     console::set_streams(streams)?;
     console::close_on_exec()?;
     // Containers see it as process 1, with the same user as theirs.
-    user::bound_capabilities(&Process {
-        capabilities: Some(Capabilities::default()),
-        ..Process::default()
-    })?;
+    user::bound_capabilities(&Process::default())?;
     rustix::thread::set_no_new_privs(true).or_fail(|| "set no_new_privs".into())?;
     plan::send(channel, &Report::Ready, &[]).or_fail(|| "report to the agent".into())?;
     plan::await_order(channel).or_fail(|| "wait for the start".into())?;

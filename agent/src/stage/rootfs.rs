@@ -6,6 +6,7 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::fs::{Mode, OFlags};
 
+use super::mounts::{Attributes, Depth, open_here};
 use super::{OrFail, Step, refusal};
 use crate::oci::Spec;
 
@@ -47,10 +48,13 @@ pub(super) fn prepare(spec: &Spec) -> Step<OwnedFd> {
 /// Makes the directory the root and takes all else away.
 pub(super) fn pivot(root: &OwnedFd) -> Step {
     let step = || "make the container's root the only one".to_owned();
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let old = rustix::fs::open("/", flags, Mode::empty()).or_fail(step)?;
     rustix::process::fchdir(root.as_fd()).or_fail(step)?;
     // The old root ends up stacked on the new one, so no directory inside has to hold it.
     rustix::process::pivot_root(".", ".").or_fail(step)?;
-    // "." is the old root still. What is unmounted here must stay where it came from.
+    rustix::process::fchdir(old).or_fail(step)?;
+    // What is unmounted here must stay where it came from.
     mount(NONE, ".", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE).or_fail(step)?;
     umount2(".", MntFlags::MNT_DETACH).or_fail(step)?;
     rustix::process::chdir("/").or_fail(step)
@@ -73,8 +77,11 @@ pub(super) fn set_propagation(spec: &Spec) -> Step {
 
 /// Makes the root mount read-only; mounts below it are not touched.
 pub(super) fn make_readonly() -> Step {
-    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    super::mounts::remount(Path::new("/"), flags).or_fail(|| "make the root read-only".into())
+    let step = || "make the root read-only".to_owned();
+    let root = open_here(Path::new("/")).or_fail(step)?;
+    Attributes::READ_ONLY
+        .apply(root.as_fd(), Depth::Single)
+        .or_fail(step)
 }
 
 fn propagation(text: &str) -> Step<Option<MsFlags>> {

@@ -1,14 +1,13 @@
-//! Who the process is: limits, capabilities, user and groups.
+//! Who the process is: capabilities, user and groups.
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{FileType, Gid, Mode, Uid};
 use rustix::io::Errno;
-use rustix::process::{Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::{OrFail, Step, refusal};
-use crate::oci::Process;
+use crate::oci::{Capabilities, Process};
 
 /// Gives pipes to the process's user, so that it can open them again as /dev/stdout.
 pub(super) fn own_streams(process: &Process, streams: &[OwnedFd; 3]) -> Step {
@@ -28,31 +27,9 @@ pub(super) fn own_streams(process: &Process, streams: &[OwnedFd; 3]) -> Step {
     Ok(())
 }
 
-/// Sets resource limits and what the OOM killer thinks of the process.
-pub(super) fn set_limits(process: &Process) -> Step {
-    for limit in &process.rlimits {
-        let resource = resource_named(&limit.kind)?;
-        let value = |value| (value != u64::MAX).then_some(value);
-        let new = Rlimit {
-            current: value(limit.soft),
-            maximum: value(limit.hard),
-        };
-        rustix::process::setrlimit(resource, new)
-            .or_fail(|| format!("set {} to {}:{}", limit.kind, limit.soft, limit.hard))?;
-    }
-    if let Some(score) = process.oom_score_adj {
-        std::fs::write("/proc/self/oom_score_adj", score.to_string())
-            .or_fail(|| format!("set oom_score_adj to {score}"))?;
-    }
-    Ok(())
-}
-
 /// Takes what the bounding set does not list from everything that is ever executed.
 pub(super) fn bound_capabilities(process: &Process) -> Step {
-    let Some(capabilities) = &process.capabilities else {
-        return Ok(());
-    };
-    let keep = set_of(&capabilities.bounding);
+    let keep = bits_of(process, |sets| &sets.bounding);
     for bit in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
         match rustix::thread::capability_is_in_bounding_set(capability) {
@@ -80,10 +57,8 @@ pub(super) fn switch(process: &Process) -> Step {
         .map(|&gid| Gid::from_raw(gid))
         .collect();
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    if process.capabilities.is_some() {
-        rustix::thread::set_keep_capabilities(true)
-            .or_fail(|| "keep capabilities over the change of user".into())?;
-    }
+    rustix::thread::set_keep_capabilities(true)
+        .or_fail(|| "keep capabilities over the change of user".into())?;
     if let Err(error) = rustix::thread::set_thread_groups(&groups) {
         // A user namespace may forbid setgroups; with no groups wanted nothing is lost.
         if !(groups.is_empty() && error == Errno::PERM) {
@@ -94,10 +69,7 @@ pub(super) fn switch(process: &Process) -> Step {
         .map_err(|error| cannot_become(&format!("become group {}", user.gid), error))?;
     rustix::thread::set_thread_res_uid(uid, uid, uid)
         .map_err(|error| cannot_become(&format!("become user {}", user.uid), error))?;
-    if process.capabilities.is_some() {
-        rustix::thread::set_keep_capabilities(false)
-            .or_fail(|| "stop keeping capabilities".into())?;
-    }
+    rustix::thread::set_keep_capabilities(false).or_fail(|| "stop keeping capabilities".into())?;
     set_capabilities(process)?;
     rustix::process::umask(Mode::from_raw_mode(user.umask.unwrap_or(UMASK_USUAL)));
     Ok(())
@@ -118,29 +90,34 @@ fn cannot_become(step: &str, error: Errno) -> super::Failure {
 }
 
 fn set_capabilities(process: &Process) -> Step {
-    let Some(wanted) = &process.capabilities else {
-        return Ok(());
-    };
     let held = rustix::thread::capabilities(None)
         .or_fail(|| "read the capabilities".into())?
         .permitted;
     // What this process never had can't be given. A profile may name newer ones.
-    let permitted = set_of(&wanted.permitted) & held;
-    let inheritable = set_of(&wanted.inheritable) & held;
+    let permitted = bits_of(process, |sets| &sets.permitted) & held;
+    let inheritable = bits_of(process, |sets| &sets.inheritable) & held;
     let sets = CapabilitySets {
-        effective: set_of(&wanted.effective) & permitted,
+        effective: bits_of(process, |sets| &sets.effective) & permitted,
         permitted,
         inheritable,
     };
     rustix::thread::set_capabilities(None, sets).or_fail(|| "set the capabilities".into())?;
     rustix::thread::clear_ambient_capability_set()
         .or_fail(|| "clear the ambient capabilities".into())?;
-    let ambient = set_of(&wanted.ambient) & permitted & inheritable;
+    let ambient = bits_of(process, |sets| &sets.ambient) & permitted & inheritable;
     for capability in ambient.iter() {
         rustix::thread::configure_capability_in_ambient_set(capability, true)
             .or_fail(|| "set the ambient capabilities".into())?;
     }
     Ok(())
+}
+
+/// One of the spec's sets; a spec without any gives none.
+fn bits_of(process: &Process, set: fn(&Capabilities) -> &Vec<String>) -> CapabilitySet {
+    process
+        .capabilities
+        .as_ref()
+        .map_or(CapabilitySet::empty(), |sets| set_of(set(sets)))
 }
 
 /// Names that are not known are passed over, as other runtimes do.
@@ -199,40 +176,9 @@ const CAPABILITIES: [&str; 41] = [
     "CAP_CHECKPOINT_RESTORE",
 ];
 
-fn resource_named(name: &str) -> Step<Resource> {
-    Ok(match name {
-        "RLIMIT_AS" => Resource::As,
-        "RLIMIT_CORE" => Resource::Core,
-        "RLIMIT_CPU" => Resource::Cpu,
-        "RLIMIT_DATA" => Resource::Data,
-        "RLIMIT_FSIZE" => Resource::Fsize,
-        "RLIMIT_LOCKS" => Resource::Locks,
-        "RLIMIT_MEMLOCK" => Resource::Memlock,
-        "RLIMIT_MSGQUEUE" => Resource::Msgqueue,
-        "RLIMIT_NICE" => Resource::Nice,
-        "RLIMIT_NOFILE" => Resource::Nofile,
-        "RLIMIT_NPROC" => Resource::Nproc,
-        "RLIMIT_RSS" => Resource::Rss,
-        "RLIMIT_RTPRIO" => Resource::Rtprio,
-        "RLIMIT_RTTIME" => Resource::Rttime,
-        "RLIMIT_SIGPENDING" => Resource::Sigpending,
-        "RLIMIT_STACK" => Resource::Stack,
-        _ => return Err(refusal(format!("process.rlimits: {name:?} is not a limit"))),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn unknown_limit_is_refused() {
-        assert!(
-            resource_named("RLIMIT_LUCK")
-                .unwrap_err()
-                .is_request_at_fault
-        );
-    }
 
     #[test]
     fn unknown_capability_is_passed_over() {

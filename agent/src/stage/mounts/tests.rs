@@ -8,11 +8,6 @@ fn root() -> (tempfile::TempDir, OwnedFd) {
     (dir, fd)
 }
 
-fn parse(options: &[&str]) -> Step<Options> {
-    let options: Vec<String> = options.iter().map(|&o| o.to_owned()).collect();
-    Options::parse(&options)
-}
-
 #[test]
 fn symlink_out_of_the_root_stays_inside() {
     let (dir, fd) = root();
@@ -59,20 +54,7 @@ fn missing_destination_is_made_with_its_parents() {
 }
 
 #[test]
-fn unsupported_option_is_refused() {
-    assert!(parse(&["idmap"]).unwrap_err().is_request_at_fault);
-}
-
-#[test]
-fn later_option_wins() {
-    assert_eq!(parse(&["ro", "rw"]).unwrap().flags, MsFlags::empty());
-}
-
-#[test]
-fn options_are_sorted_out() {
-    let parsed = parse(&["rbind", "rslave", "rro", "size=64k", "mode=755"]).unwrap();
-    assert_eq!(parsed.flags, MsFlags::MS_BIND | MsFlags::MS_REC);
-    assert_eq!(parsed.propagation, [MsFlags::MS_SLAVE | MsFlags::MS_REC]);
-    assert_eq!(parsed.tree_attributes, libc::MOUNT_ATTR_RDONLY);
-    assert_eq!(parsed.data, ["size=64k", "mode=755"]);
+fn missing_source_is_named() {
+    let error = clone_tree(Path::new("/no/such/source"), Depth::Single).unwrap_err();
+    assert!(error.to_string().contains("/no/such/source"), "{error}");
 }
