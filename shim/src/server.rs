@@ -292,7 +292,7 @@ impl Pod for SandboxPod {
         terminal: bool,
         ends: Ends,
     ) -> Result<(), PodError> {
-        let process: oci::Process = serde_json::from_slice(&process).map_err(|error| {
+        let process = husk_sandbox::parse_process(&process).map_err(|error| {
             PodError::new(
                 Code::INVALID_ARGUMENT,
                 format!("the process of exec {exec:?}: {error}"),

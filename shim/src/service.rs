@@ -613,12 +613,14 @@ fn process_details(exec: &str) -> Any {
 
 fn read_spec(bundle: &str) -> Result<Spec, PodError> {
     let path = std::path::Path::new(bundle).join("config.json");
-    Spec::load(&path).map_err(|error| {
+    let failed = |error: &(dyn std::error::Error + 'static)| {
         PodError::new(
             Code::INVALID_ARGUMENT,
-            format!("cannot read {path:?}: {}", chain(&error)),
+            format!("cannot read {path:?}: {}", chain(error)),
         )
-    })
+    };
+    let text = std::fs::read(&path).map_err(|error| failed(&error))?;
+    husk_sandbox::parse_spec(&text).map_err(|error| failed(&error))
 }
 
 fn root_mount(mount: &Mount) -> RootMount {

@@ -27,7 +27,7 @@ impl Bundle {
         }
         let config = directory.join("config.json");
         let mut spec = match fs::read(&config) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
+            Ok(bytes) => husk_sandbox::parse_spec(&bytes)
                 .with_context(|| format!("cannot understand {config:?}"))?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 default_spec(&directory, &arguments.id())?

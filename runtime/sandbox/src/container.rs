@@ -117,6 +117,14 @@ impl Sandbox {
         let mut guest = guest_spec(spec, &id, self.vmm_pid(), &mut self.memory_volumes())?;
         self.join_pod(&mut guest).await?;
         let joins_pids = guest.joins_pids;
+        if !guest.volumes.is_empty() {
+            let bundle = bundle.clone();
+            guest = in_background(move || {
+                guest.keep_flags(&bundle);
+                Ok::<_, ContainerError>(guest)
+            })
+            .await?;
+        }
         let spec_json = to_json(&guest.spec)?;
         let files = ContainerFiles::new(&self.state, &id);
         let created = async {

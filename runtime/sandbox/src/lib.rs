@@ -32,6 +32,7 @@ mod readiness;
 mod sandbox;
 mod settings;
 mod spec;
+mod spec_json;
 mod state;
 mod timings;
 mod vmm;
@@ -50,6 +51,7 @@ pub use settings::{
     Install, InstallError, LogSettings, SETTINGS_PATH, Settings, SettingsError, VmSettings,
 };
 pub use spec::SpecError;
+pub use spec_json::{parse_process, parse_spec};
 pub use timings::StartTimings;
 
 /// Where the pods' directories are: `STATE_DIR_ROOT/<namespace>/<pod>`.

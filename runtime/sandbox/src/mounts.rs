@@ -7,7 +7,7 @@
 mod options;
 
 use std::os::fd::AsRawFd;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::{fs, io, thread};
 
 use nix::errno::Errno;
@@ -51,6 +51,8 @@ pub(crate) struct Volume {
     pub(crate) source: PathBuf,
     /// With what is mounted below it.
     pub(crate) is_recursive: bool,
+    /// With what is mounted below it later.
+    pub(crate) is_slave: bool,
     /// The guest may not write to it.
     pub(crate) is_read_only: bool,
 }
@@ -100,13 +102,19 @@ pub(crate) fn mount_volume(
     staging: &Path,
     target: &Path,
 ) -> Result<(), MountError> {
-    let failed = |step| step_error(&volume.source, target, step);
-    bind(&volume.source, staging, volume.is_recursive).map_err(failed("bind"))?;
-    if volume.is_read_only {
-        let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
-        change(staging, read_only | locked_flags(staging)).map_err(failed("make read-only"))?;
-    }
-    publish(staging, target)
+    let failed = step_error(&volume.source, target, "bind");
+    bind(&volume.source, staging, volume.is_recursive).map_err(failed)?;
+    // A slave gets what is mounted on the host and gives nothing back.
+    let propagation = match volume.is_slave {
+        true => MsFlags::MS_SLAVE,
+        false => MsFlags::MS_PRIVATE,
+    };
+    // With all that is below it: to the guest the whole volume is one mount.
+    let flags = match volume.is_read_only {
+        true => MsFlags::MS_RDONLY,
+        false => MsFlags::empty(),
+    };
+    publish_as(staging, target, propagation, flags)
 }
 
 /// Lets mounts made at and below a place appear wherever else it is mounted from now on, and
@@ -339,20 +347,30 @@ const LOWERDIR: &str = "lowerdir=";
 
 /// Cuts a finished mount off from the host's and moves it into the share.
 pub(crate) fn publish(staging: &Path, target: &Path) -> Result<(), MountError> {
+    publish_as(staging, target, MsFlags::MS_PRIVATE, MsFlags::empty())
+}
+
+fn publish_as(
+    staging: &Path,
+    target: &Path,
+    propagation: MsFlags,
+    flags: MsFlags,
+) -> Result<(), MountError> {
     let failed = |step| step_error(staging, target, step);
-    change(staging, MsFlags::MS_PRIVATE | MsFlags::MS_REC).map_err(failed("make private"))?;
-    forbid_devices(staging).map_err(failed("forbid devices of"))?;
+    change(staging, propagation | MsFlags::MS_REC).map_err(failed("cut off"))?;
+    restrict(staging, flags | MsFlags::MS_NODEV).map_err(failed("restrict"))?;
     let none = None::<&str>;
     nix::mount::mount(Some(staging), target, none, MsFlags::MS_MOVE, none)
         .map_err(io::Error::from)
         .map_err(failed("move into the share"))
 }
 
-/// Lets nobody on the host open device nodes there: the guest makes what nodes it likes, and they
-/// are its own devices', but a VMM that was taken over must not find the host's behind them.
-fn forbid_devices(staging: &Path) -> io::Result<()> {
+/// Sets flags on a mount and on all below it. Nobody on the host may open device nodes there: the
+/// guest makes what nodes it likes, and they are its own devices', but a VMM that was taken over must
+/// not find the host's behind them.
+fn restrict(staging: &Path, flags: MsFlags) -> io::Result<()> {
     for point in mount_points_below(staging)? {
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NODEV;
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | flags;
         change(&point, flags | locked_flags(&point))?;
     }
     Ok(())
@@ -402,11 +420,6 @@ fn locked_flags(target: &Path) -> MsFlags {
     .into_iter()
     .filter(|(is_set, _)| found.flags().contains(*is_set))
     .fold(MsFlags::empty(), |flags, (_, flag)| flags | flag)
-}
-
-/// Whether a path is absolute and has no `..`.
-pub(crate) fn is_plain_absolute(path: &Path) -> bool {
-    path.is_absolute() && !path.components().any(|part| part == Component::ParentDir)
 }
 
 #[cfg(test)]

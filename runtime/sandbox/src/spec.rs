@@ -4,12 +4,13 @@
 //! into paths of the share; what only means something on the host is taken out; what a guest can't
 //! give is refused, so that nobody believes to have it.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use husk_protocol::messages::MemoryVolume;
-use oci_spec::runtime::{Hooks, Linux, Mount, Spec};
+use nix::sys::statvfs::{FsFlags, statvfs};
+use oci_spec::runtime::{Hooks, Linux, LinuxDeviceCgroup, LinuxDeviceType, Mount, Spec};
 
-use crate::mounts::{Volume, is_plain_absolute};
+use crate::mounts::Volume;
 use crate::namespaces;
 use crate::policy;
 use crate::volumes::{self, MemoryVolumes};
@@ -47,6 +48,45 @@ pub(crate) struct GuestSpec {
     pub(crate) joins_pids: bool,
 }
 
+impl GuestSpec {
+    /// Has volumes keep what the host's mounts forbid, unless the spec allows it: set-user-id,
+    /// programs and devices. The guest's mount is another one, and would not know.
+    pub(crate) fn keep_flags(&mut self, bundle: &Path) {
+        for mount in self.spec.mounts_mut().iter_mut().flatten() {
+            let index = mount.source().as_deref().and_then(volume_index);
+            let Some(volume) = index.and_then(|index| self.volumes.get(index)) else {
+                continue;
+            };
+            let source = bundle.join(&volume.source);
+            // What is not there is told of when it is mounted.
+            let mut options = forbidden_at(&source).unwrap_or_default();
+            options.extend(mount.options().clone().unwrap_or_default());
+            mount.set_options(Some(options));
+        }
+    }
+}
+
+/// The number of the volume that a path in the guest is.
+fn volume_index(path: &Path) -> Option<usize> {
+    let in_container = path.strip_prefix(husk_protocol::SHARED_DIR).ok()?;
+    let mut names = in_container.iter().skip(1);
+    let is_volume = names.next()? == "mounts";
+    let index = names.next()?.to_str()?.parse().ok()?;
+    (is_volume && names.next().is_none()).then_some(index)
+}
+
+/// As mount options.
+fn forbidden_at(path: &Path) -> Option<Vec<String>> {
+    let flags = statvfs(path).ok()?.flags();
+    let all = [
+        (FsFlags::ST_NOSUID, "nosuid"),
+        (FsFlags::ST_NOEXEC, "noexec"),
+        (FsFlags::ST_NODEV, "nodev"),
+    ];
+    let set = all.into_iter().filter(|(flag, _)| flags.contains(*flag));
+    Some(set.map(|(_, option)| option.to_owned()).collect())
+}
+
 /// Most volumes of one container.
 const VOLUMES_MAX: usize = 1024;
 
@@ -82,6 +122,8 @@ pub(crate) fn guest_spec(
     let mut volumes = Vec::new();
     let mut memory_volumes = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten() {
+        let destination = clean(mount.destination());
+        mount.set_destination(destination);
         if let Some(volume) = in_memory(mount, memory) {
             memory_volumes.push(volume);
             continue;
@@ -132,18 +174,28 @@ fn rewrite_mount(
             reason,
         })
     };
+    if mount.destination() == Path::new("/") {
+        return refuse("it would hide the container's root");
+    }
     let options = mount.options().clone().unwrap_or_default();
     let has = |option: &str| options.iter().any(|set| set == option);
-    if !is_plain_absolute(mount.destination()) {
-        return refuse("the destination must be absolute, without '..'");
-    }
     let is_mapped = mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
     if is_mapped || has("idmap") || has("ridmap") {
         return refuse("mounts with mapped ids are not supported");
     }
-    let is_bind = mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind");
+    let kind = mount.typ().as_deref().unwrap_or_default();
+    let is_bind = kind == "bind" || has("bind") || has("rbind");
     if !is_bind {
-        return Ok(());
+        return match GUEST_FILE_SYSTEMS.contains(&kind) {
+            true => Ok(()),
+            false => refuse(
+                "a guest has no such file system, or it would look for its source in the guest; \
+                 mount it on the host and bind it",
+            ),
+        };
+    }
+    if has("shared") || has("rshared") {
+        return refuse("what is mounted in a guest can't appear on the host");
     }
     let Some(source) = mount.source().clone() else {
         return refuse("a bind mount needs a source");
@@ -155,6 +207,7 @@ fn rewrite_mount(
     volumes.push(Volume {
         source,
         is_recursive: has("rbind"),
+        is_slave: has("slave") || has("rslave"),
         // Kept on the host as well, where a guest can't undo it. The last one wins.
         is_read_only: options
             .iter()
@@ -163,6 +216,43 @@ fn rewrite_mount(
     });
     mount.set_source(Some(guest_source));
     Ok(())
+}
+
+/// Those that a kernel fills by itself.
+const GUEST_FILE_SYSTEMS: [&str; 17] = [
+    "binfmt_misc",
+    "bpf",
+    "cgroup",
+    "cgroup2",
+    "configfs",
+    "debugfs",
+    "devpts",
+    "devtmpfs",
+    "fusectl",
+    "hugetlbfs",
+    "mqueue",
+    "proc",
+    "ramfs",
+    "securityfs",
+    "sysfs",
+    "tmpfs",
+    "tracefs",
+];
+
+/// A destination from the root, as other runtimes read it: a relative one starts there as well, and
+/// `..` leads no higher.
+fn clean(destination: &Path) -> PathBuf {
+    let mut clean = PathBuf::from("/");
+    for part in destination.components() {
+        match part {
+            Component::Normal(name) => clean.push(name),
+            Component::ParentDir => {
+                clean.pop();
+            }
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    clean
 }
 
 /// Answers whether the container joins a PID namespace.
@@ -191,12 +281,46 @@ fn rewrite_linux(linux: &mut Linux, container: &str, pod: u32) -> Result<bool, S
         );
     }
     policy::check_linux(linux)?;
+    check_devices(linux)?;
     linux.set_mount_label(None);
     linux.set_cgroups_path(Some(Path::new("/husk").join(container)));
     let namespaces = linux.namespaces().clone().unwrap_or_default();
     let sorted = namespaces::sort(namespaces, pod)?;
     linux.set_namespaces(Some(sorted.own));
     Ok(sorted.joins_pids)
+}
+
+/// A block device is known by a number that means another one in each kernel. A container that may
+/// use all devices gets the guest's, whatever the host has.
+fn check_devices(linux: &Linux) -> Result<(), SpecError> {
+    let rules = linux
+        .resources()
+        .as_ref()
+        .and_then(|all| all.devices().as_deref());
+    let is_for_all = |rule: &LinuxDeviceCgroup| {
+        let is_any = |number: Option<i64>| matches!(number, None | Some(-1));
+        matches!(rule.typ(), None | Some(LinuxDeviceType::A))
+            && is_any(rule.major())
+            && is_any(rule.minor())
+    };
+    let last = rules
+        .unwrap_or_default()
+        .iter()
+        .rfind(|rule| is_for_all(rule));
+    if last.is_some_and(LinuxDeviceCgroup::allow) {
+        return Ok(());
+    }
+    let devices = linux.devices().as_deref().unwrap_or_default();
+    match devices
+        .iter()
+        .find(|device| device.typ() == LinuxDeviceType::B)
+    {
+        None => Ok(()),
+        Some(device) => Err(SpecError::Unsupported {
+            what: format!("linux.devices, {:?}", device.path()),
+            reason: "a block device of the host can't be given to a guest",
+        }),
+    }
 }
 
 #[cfg(test)]
@@ -297,15 +421,64 @@ mod tests {
     #[test]
     fn mounts_that_cannot_be_are_refused() {
         for bad in [
-            json!({ "destination": "a", "type": "tmpfs" }),
-            json!({ "destination": "/../a", "type": "tmpfs" }),
             json!({ "destination": "/a", "type": "bind" }),
+            json!({ "destination": "/a", "options": ["rbind"] }),
             json!({ "destination": "/a", "source": "/b", "options": ["bind", "idmap"] }),
+            json!({ "destination": "/a/..", "type": "tmpfs" }),
+            json!({ "destination": "/a", "type": "ext4", "source": "/dev/sda" }),
+            json!({ "destination": "/a", "type": "overlay", "options": ["lowerdir=/b:/c"] }),
+            json!({ "destination": "/a" }),
+            json!({ "destination": "/a", "type": "bind", "source": "/b", "options": ["rshared"] }),
         ] {
             assert!(
                 rewritten(|spec| spec["mounts"][0] = bad.clone()).is_err(),
                 "{bad}"
             );
+        }
+    }
+
+    #[test]
+    fn block_device_is_refused_unless_all_devices_are_allowed() {
+        let with = |rules: Value| {
+            rewritten(|spec| {
+                spec["linux"]["devices"] =
+                    json!([{ "type": "b", "path": "/dev/disk", "major": 8, "minor": 0 }]);
+                spec["linux"]["resources"] = json!({ "devices": rules });
+            })
+        };
+        let text = with(json!([])).unwrap_err().to_string();
+        assert!(text.contains("/dev/disk"), "{text}");
+        let one = json!([{ "allow": true, "type": "b", "major": 8, "minor": 0, "access": "rwm" }]);
+        assert!(with(one).is_err());
+        assert!(with(json!([{ "allow": true, "access": "rwm" }])).is_ok());
+        let taken = json!([{ "allow": true, "access": "rwm" }, { "allow": false }]);
+        assert!(with(taken).is_err());
+    }
+
+    #[test]
+    fn annotations_and_clocks_reach_the_guest() {
+        let guest = rewritten(|spec| {
+            spec["annotations"] = json!({ "org.example/key": "value" });
+            spec["linux"]["timeOffsets"] = json!({ "monotonic": { "secs": 7 } });
+        })
+        .unwrap();
+        let text = serde_json::to_string(&guest.spec).unwrap();
+        assert!(text.contains(r#""org.example/key":"value""#), "{text}");
+        assert!(
+            text.contains(r#""timeOffsets":{"monotonic":{"secs":7}}"#),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn destinations_stay_below_the_root() {
+        for (path, expected) in [
+            ("a/b", "/a/b"),
+            ("/../a", "/a"),
+            ("/a/../../b/.", "/b"),
+            ("", "/"),
+        ] {
+            assert_eq!(clean(Path::new(path)), Path::new(expected), "{path}");
         }
     }
 
@@ -338,11 +511,13 @@ mod tests {
             Volume {
                 source: "/host/a".into(),
                 is_recursive: true,
+                is_slave: false,
                 is_read_only: false,
             },
             Volume {
                 source: "b".into(),
                 is_recursive: false,
+                is_slave: false,
                 is_read_only: true,
             },
         ];

@@ -35,14 +35,6 @@ fn options_without_plain_layers_are_left_alone() {
     }
 }
 
-#[test]
-fn paths_that_climb_are_not_plain() {
-    assert!(is_plain_absolute(Path::new("/a/b")));
-    for path in ["a", "/a/../b", "..", ""] {
-        assert!(!is_plain_absolute(Path::new(path)), "{path}");
-    }
-}
-
 /// Those that mount for real, in a mount namespace of the test's thread. They need root.
 pub(crate) mod real {
     use std::sync::mpsc;
@@ -124,16 +116,79 @@ pub(crate) mod real {
             let volume = Volume {
                 source: source.clone(),
                 is_recursive: true,
+                is_slave: false,
                 is_read_only: true,
             };
             mount_volume(&volume, &staging.join("v"), &shared.join("v")).unwrap();
             assert!(points(&shared).contains(&shared.join("v/inner")));
-            assert!(fs::write(shared.join("v/x"), "").is_err());
+            for path in ["v/x", "v/inner/x"] {
+                let written = fs::write(shared.join(path), "").unwrap_err();
+                assert_eq!(written.kind(), io::ErrorKind::ReadOnlyFilesystem, "{path}");
+            }
 
             unmount(&shared.join("v")).unwrap();
 
             assert_eq!(points(&shared), std::slice::from_ref(&shared));
             assert!(points(&source).contains(&source.join("inner")));
+        });
+    }
+
+    #[test]
+    fn volume_keeps_what_the_hosts_mount_forbids() {
+        in_own_namespace(|directory| {
+            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+            let kind = Some("tmpfs");
+            nix::mount::mount(kind, directory, kind, flags, None::<&str>).unwrap();
+            let spec = serde_json::json!({
+                "ociVersion": "1.2.0",
+                "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/" },
+                "root": { "path": "rootfs" },
+                "mounts": [
+                    { "destination": "/t", "type": "tmpfs", "source": "tmpfs" },
+                    { "destination": "/v", "type": "bind", "source": directory,
+                      "options": ["rbind", "exec"] },
+                ],
+                "linux": { "namespaces": [{ "type": "pid" }, { "type": "ipc" }, { "type": "uts" },
+                    { "type": "mount" }, { "type": "network" }] },
+            });
+            let spec = serde_json::from_value(spec).unwrap();
+            let mut memory = crate::volumes::MemoryVolumes::new("pod");
+            let pod = std::process::id();
+            let mut guest = crate::spec::guest_spec(spec, "c", pod, &mut memory).unwrap();
+
+            guest.keep_flags(Path::new("/"));
+
+            let mounts = guest.spec.mounts().clone().unwrap();
+            let options = mounts[1].options().clone().unwrap();
+            assert_eq!(options, ["nosuid", "noexec", "rbind", "exec"]);
+            assert_eq!(mounts[0].options(), &None);
+        });
+    }
+
+    #[test]
+    fn slave_volume_gets_later_mounts_and_gives_none_back() {
+        in_own_namespace(|directory| {
+            let (layout, shared, staging) = share(directory);
+            let source = directory.join("source");
+            fs::create_dir_all(source.join("later")).unwrap();
+            mount_private(&source).unwrap();
+            change(&source, MsFlags::MS_SHARED).unwrap();
+            for place in [layout.join("v"), staging.join("v")] {
+                fs::create_dir(place).unwrap();
+            }
+            let volume = Volume {
+                source: source.clone(),
+                is_recursive: true,
+                is_slave: true,
+                is_read_only: false,
+            };
+            mount_volume(&volume, &staging.join("v"), &shared.join("v")).unwrap();
+
+            bind(directory, &source.join("later"), false).unwrap();
+
+            assert!(points(&shared).contains(&shared.join("v/later")));
+            unmount(&shared.join("v/later")).unwrap();
+            assert!(points(&source).contains(&source.join("later")));
         });
     }
 
