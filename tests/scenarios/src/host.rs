@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::mem::MaybeUninit;
 use std::os::unix::net::UnixDatagram;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -233,5 +233,38 @@ fn hear_ready(ready: &UnixDatagram) -> Result<()> {
         if said.windows(7).any(|word| word == b"READY=1") {
             return Ok(());
         }
+    }
+}
+
+/// A mount of the machine's, as long as a scenario needs it.
+pub(crate) struct HostMount(PathBuf);
+
+impl HostMount {
+    /// A new tmpfs.
+    pub(crate) fn tmpfs(path: &Path) -> Result<Self> {
+        Self::mount(path, &["-t", "tmpfs", "tmpfs"], Path::new("/"))
+    }
+
+    /// `mount` of what the arguments say, from a working directory.
+    pub(crate) fn mount(path: &Path, arguments: &[&str], directory: &Path) -> Result<Self> {
+        fs::create_dir_all(path)?;
+        let status = Command::new("mount")
+            .current_dir(directory)
+            .args(arguments)
+            .arg(path)
+            .status()
+            .context("cannot run mount")?;
+        ensure!(status.success(), "cannot mount {arguments:?} at {path:?}");
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for HostMount {
+    fn drop(&mut self) {
+        // The comparison with the machine before tells of one that stays.
+        let _ = Command::new("umount")
+            .arg("--recursive")
+            .arg(&self.0)
+            .status();
     }
 }

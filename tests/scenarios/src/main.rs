@@ -22,6 +22,7 @@ mod leftovers;
 mod list;
 mod pty;
 mod shim;
+mod spec;
 mod table;
 
 use std::fs::{self, OpenOptions};

@@ -9,43 +9,17 @@ use anyhow::{Context, Result, ensure};
 use crate::ctr::Ctr;
 use crate::host;
 use crate::pty::Terminal;
+use crate::spec::make_root;
 
 const PLACE: &str = "/var/tmp/husk-embedded";
 
 /// The same commands as with containerd, on a directory.
 pub(super) fn without_containerd(_: &Ctr) -> Result<()> {
     host::containerd()?.kill()?;
-    let result = make_root().and_then(|()| run_all());
+    let result = make_root(Path::new(PLACE)).and_then(|()| run_all());
     fs::remove_dir_all(PLACE)?;
     host::start_containerd()?;
     result
-}
-
-/// The busybox root: the testbed's own busybox, and nothing else.
-fn make_root() -> Result<()> {
-    let root = Path::new(PLACE);
-    for directory in ["bin", "etc", "tmp", "root"] {
-        fs::create_dir_all(root.join(directory))?;
-    }
-    let busybox = root.join("bin/busybox");
-    fs::copy("/usr/bin/busybox", &busybox).context("cannot copy busybox")?;
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
-    let installed = Command::new(&busybox)
-        .args(["--install", "-s"])
-        .arg(root.join("bin"))
-        .status()?;
-    ensure!(
-        installed.success(),
-        "busybox --install ended with {installed}"
-    );
-    for link in fs::read_dir(root.join("bin"))? {
-        let path = link?.path();
-        if path.is_symlink() {
-            fs::remove_file(&path)?;
-            std::os::unix::fs::symlink("busybox", &path)?;
-        }
-    }
-    Ok(())
 }
 
 fn run_all() -> Result<()> {

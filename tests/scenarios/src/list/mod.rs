@@ -7,6 +7,8 @@ mod ends;
 mod faults;
 mod files;
 mod limits;
+mod spec_mounts;
+mod spec_process;
 mod stdio;
 mod task_api;
 mod tasks;
@@ -110,6 +112,22 @@ pub(crate) const ALL: &[Scenario] = &[
     }),
     both("out_of_memory", |ctr| limits::out_of_memory(ctr)),
     husk("thrashing", |ctr| limits::thrashing(ctr)),
+    both("process_as_asked_for", |ctr| {
+        spec_process::process_as_asked_for(ctr)
+    }),
+    both("process_of_few_words", |ctr| {
+        spec_process::process_of_few_words(ctr)
+    }),
+    both("exec_as_another", |ctr| spec_process::exec_as_another(ctr)),
+    husk("process_that_can_not_be", |ctr| {
+        spec_process::process_that_can_not_be(ctr)
+    }),
+    both("bind_mounts", |ctr| spec_mounts::bind_mounts(ctr)),
+    both("other_mounts", |ctr| spec_mounts::other_mounts(ctr)),
+    both("devices", |ctr| spec_mounts::devices(ctr)),
+    both("masked_and_readonly_paths", |ctr| {
+        spec_mounts::masked_and_readonly_paths(ctr)
+    }),
     both("ten_at_once", |ctr| basics::ten_at_once(ctr)).core(),
     both("file_system", |ctr| files::file_system(ctr)),
     both("debian_work", files::debian_work),
