@@ -21,6 +21,7 @@ pub(super) fn enter_or_prepare(channel: BorrowedFd<'_>, plan: &Plan) -> Step<For
     let mut cgroup = plan.cgroup.as_deref().map(open_cgroup).transpose()?;
     let mut flags = 0;
     let mut fallback = None;
+    let mut cgroup_namespace = None;
     match &plan.place {
         Place::Create(spec) => {
             check(spec)?;
@@ -53,6 +54,7 @@ pub(super) fn enter_or_prepare(channel: BorrowedFd<'_>, plan: &Plan) -> Step<For
         Place::Enter { init_pid } => {
             run_on_first_cpus(&plan.process)?;
             fallback = Some(open_init_cgroup(*init_pid)?);
+            cgroup_namespace = open_cgroup_namespace(*init_pid)?;
             enter_container(*init_pid)?;
         }
         Place::Pause => {
@@ -67,6 +69,10 @@ pub(super) fn enter_or_prepare(channel: BorrowedFd<'_>, plan: &Plan) -> Step<For
         forked = clone_sibling(flags, Some(init_cgroup.as_fd()));
     }
     let forked = forked.or_fail(|| "make a process in the container".into())?;
+    if let (Fork::Child, Some(namespace)) = (&forked, cgroup_namespace) {
+        setns(namespace.as_fd(), CloneFlags::CLONE_NEWCGROUP)
+            .or_fail(|| "enter the container's cgroup namespace".into())?;
+    }
     if let Fork::Parent(pid) = forked {
         let pid = pid.as_raw_nonzero().get();
         plan::send(channel, &Report::Forked { pid }, &[])
@@ -246,7 +252,20 @@ fn join(kind: NamespaceKind, path: &Path) -> Step {
     setns(file.as_fd(), clone_flag(kind)).or_fail(step)
 }
 
-/// Enters every namespace of the container's that is not the agent's own.
+/// The container's cgroup namespace, if it has one of its own. Only the child enters it: from
+/// inside, where the parent comes from is out of sight, and the kernel lets nobody be born across
+/// that border (cgroup v2, nsdelegate).
+fn open_cgroup_namespace(init_pid: i32) -> Step<Option<File>> {
+    let step = || "find the container's cgroup namespace".to_owned();
+    let path = PathBuf::from(format!("/proc/{init_pid}/ns/cgroup"));
+    let ours = inode("/proc/self/ns/cgroup".into()).or_fail(step)?;
+    if inode(path.clone()).or_fail(step)? == ours {
+        return Ok(None);
+    }
+    File::open(path).map(Some).or_fail(step)
+}
+
+/// Enters every namespace of the container's that is not the agent's own, but for that of cgroups.
 fn enter_container(init_pid: i32) -> Step {
     let step = || "enter the container's namespaces".to_owned();
     let pid = Pid::from_raw(init_pid)
@@ -258,7 +277,7 @@ fn enter_container(init_pid: i32) -> Step {
         let theirs = inode(PathBuf::from(format!("/proc/{init_pid}/ns/{name}"))).or_fail(step)?;
         let ours = inode(PathBuf::from(format!("/proc/self/ns/{name}"))).or_fail(step)?;
         // None: a kind that this kernel does not have.
-        if theirs != ours {
+        if theirs != ours && kind != NamespaceKind::Cgroup {
             flags |= clone_flag(kind);
         }
     }
