@@ -62,6 +62,10 @@ check: deps ## Format, lints, docs, unit tests, dependency rules: no KVM needed
 test: check dist ## Everything: make check, then guests and containerd in the testbed; FULL=1 for hours of it
 	@tests/tools/test
 
+.PHONY: test-pods
+test-pods: dist ## The scenarios of pods alone, through CRI, on containerd 1.7 and 2.1
+	@VERSIONS="1.7 2.1" OTHERS=whole tests/tools/test --only pods_
+
 .PHONY: scenario-table
 scenario-table: ## Put the table of the last make test into the README
 	@tests/tools/scenario-table

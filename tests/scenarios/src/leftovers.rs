@@ -70,7 +70,10 @@ impl Machine {
         if let Ok(interfaces) = fs::read_dir("/sys/class/net") {
             for interface in interfaces.flatten() {
                 let name = interface.file_name().to_string_lossy().into_owned();
-                found.insert(Left::Interface(name));
+                // The bridge of all pods.
+                if name != "husk-cri0" {
+                    found.insert(Left::Interface(name));
+                }
             }
         }
         Ok(Self { found })
@@ -136,9 +139,13 @@ fn walk_cgroups(directory: &Path, depth: usize, found: &mut BTreeSet<Left>) {
     };
     for entry in entries.flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            // The parents of pods' cgroups: ctr's default namespace, and Husk's own.
+            // The parents of pods' cgroups: ctr's default namespace, CRI's, and Husk's own.
             let path = entry.path();
-            let parent = ["/sys/fs/cgroup/default", "/sys/fs/cgroup/husk"];
+            let parent = [
+                "/sys/fs/cgroup/default",
+                "/sys/fs/cgroup/k8s.io",
+                "/sys/fs/cgroup/husk",
+            ];
             if !parent.iter().any(|shared| Path::new(shared) == path) {
                 found.insert(Left::Cgroup(path.display().to_string()));
             }

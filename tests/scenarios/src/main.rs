@@ -18,6 +18,7 @@ mod ctr;
 mod events;
 mod fifo;
 mod host;
+mod kubelet;
 mod leftovers;
 mod list;
 mod pty;
@@ -187,6 +188,7 @@ fn run_all(selection: &Selection) -> Result<bool> {
             seconds: took,
         })?;
     }
+    kubelet::end();
     println!("{passed} passed, {failed} failed");
     Ok(failed == 0 && passed > 0)
 }

@@ -7,6 +7,7 @@ mod ends;
 mod faults;
 mod files;
 mod limits;
+mod pods;
 mod spec_mounts;
 mod spec_process;
 mod stdio;
@@ -158,6 +159,13 @@ pub(crate) const ALL: &[Scenario] = &[
         faults::containerd_killed_while_starting(ctr)
     })
     .core(),
+    both("pods_two_containers", |ctr| pods::two_containers(ctr)).full(),
+    both("pods_shared_processes", |ctr| pods::shared_processes(ctr)).full(),
+    both("pods_streams", |ctr| pods::streams(ctr)),
+    both("pods_volumes", |ctr| pods::volumes(ctr)),
+    husk("pods_machine_size", |ctr| pods::machine_size(ctr)),
+    husk("pods_of_the_host", |ctr| pods::of_the_host(ctr)),
+    husk("pods_killed", |ctr| pods::killed(ctr)),
     husk("without_containerd", |ctr| {
         embedded::without_containerd(ctr)
     }),

@@ -1,0 +1,115 @@
+//! What the kubelet does: pods and their containers, through a containerd that serves CRI.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use husk_cri::messages::{ContainerConfig, ExecSyncResponse, PodSandboxConfig};
+use husk_cri::{Cri, Daemon, Events, Pod};
+
+use crate::ctr::Ctr;
+
+/// For a container to end that is about to. The testbed is some twenty times slower than metal.
+const STOP_DEADLINE: Duration = Duration::from_secs(300);
+
+/// Runs for all scenarios that want it, until [`end`].
+static DAEMON: Mutex<Option<Daemon>> = Mutex::new(None);
+
+/// Ends containerd.
+pub(crate) fn end() {
+    *DAEMON.lock().unwrap_or_else(PoisonError::into_inner) = None;
+}
+
+/// A client with one runtime.
+pub(crate) struct Kubelet {
+    pub(crate) cri: Cri,
+    events: Events,
+    handler: &'static str,
+    /// The scenario's, for pods and files.
+    pub(crate) name: String,
+}
+
+impl Kubelet {
+    /// A client of the runtime that `ctr` is for; containerd is started if it does not run.
+    pub(crate) fn new(ctr: &Ctr) -> Result<Self> {
+        let socket = start()?;
+        Ok(Self {
+            cri: Cri::connect(&socket)?,
+            events: Events::listen(&socket)?,
+            handler: if ctr.is_husk() { "husk" } else { "runc" },
+            name: ctr.id.clone(),
+        })
+    }
+
+    /// Runs a pod, does something with it, and removes it whatever came of that.
+    pub(crate) fn with_pod(
+        &mut self,
+        config: PodSandboxConfig,
+        what: impl FnOnce(&mut Self, &Pod) -> Result<()>,
+    ) -> Result<()> {
+        let pod = self.cri.run_pod(self.handler, config)?;
+        let done = what(self, &pod);
+        let stopped = self.cri.stop_pod(&pod.id);
+        let removed = self.cri.remove_pod(&pod.id);
+        done.and(stopped).and(removed)
+    }
+
+    /// How a pod is refused that must not run.
+    pub(crate) fn refusal(&self, config: PodSandboxConfig) -> Result<String> {
+        match self.cri.run_pod(self.handler, config) {
+            Err(error) => Ok(format!("{error:#}")),
+            Ok(pod) => {
+                self.cri.stop_pod(&pod.id)?;
+                self.cri.remove_pod(&pod.id)?;
+                anyhow::bail!("it runs");
+            }
+        }
+    }
+
+    /// Makes and starts a container.
+    pub(crate) fn start(&self, pod: &Pod, config: ContainerConfig) -> Result<String> {
+        let id = self.cri.create_container(pod, config)?;
+        self.cri.start_container(&id)?;
+        Ok(id)
+    }
+
+    /// Waits for the end of a container; answers with its exit code.
+    pub(crate) fn stopped(&mut self, container: &str) -> Result<i32> {
+        self.events.stopped(container, STOP_DEADLINE)?;
+        Ok(self.cri.container_status(container)?.exit_code)
+    }
+
+    /// The output of a script that succeeds in a container.
+    pub(crate) fn shell(&self, container: &str, script: &str) -> Result<String> {
+        let ExecSyncResponse {
+            stdout,
+            stderr,
+            exit_code,
+            ..
+        } = self.cri.exec_sync(container, &["sh", "-c", script])?;
+        let stderr = String::from_utf8_lossy(&stderr);
+        ensure!(
+            exit_code == 0,
+            "{script:?} ended with {exit_code}: {stderr}"
+        );
+        Ok(String::from_utf8_lossy(&stdout).trim_end().to_owned())
+    }
+
+    /// What a container has written, without the times and names that CRI puts in front.
+    pub(crate) fn log(&self, pod: &Pod, container: &str) -> Result<String> {
+        let path = Path::new(&pod.config.log_directory).join(format!("{container}.log"));
+        let log = fs::read_to_string(&path).with_context(|| format!("no {}", path.display()))?;
+        let text = |line: &str| line.splitn(4, ' ').nth(3).unwrap_or_default().to_owned();
+        Ok(log.lines().map(text).collect::<Vec<_>>().join("\n"))
+    }
+}
+
+fn start() -> Result<PathBuf> {
+    let mut daemon = DAEMON.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*daemon {
+        Some(daemon) => Ok(daemon.socket()),
+        None => Ok(daemon.insert(Daemon::start("cri")?).socket()),
+    }
+}
