@@ -58,6 +58,7 @@ fn main() -> Result<ExitCode> {
         cmdline_extra: arguments.cmdline_extra,
         shared_dir: arguments.share.to_string_lossy().into_owned(),
         cgroup_dir: String::new(),
+        net: Vec::new(),
         share_cache_ms: 1000,
     });
     channel.send(

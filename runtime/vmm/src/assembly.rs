@@ -14,6 +14,7 @@ use crate::control::{Guest, describe};
 use crate::device::Device;
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, FsError, REQUEST_QUEUES_MAX};
+use crate::devices::net::{Counters, NetDevice, Traffic};
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::{VsockDevice, VsockHandle};
 use crate::end::EndReason;
@@ -46,6 +47,8 @@ pub(crate) enum AssembleError {
     Fs(#[from] FsError),
     #[error("cannot make the vsock device")]
     Vsock(#[source] io::Error),
+    #[error("cannot use the tap of network device {index}")]
+    Tap { index: usize, source: io::Error },
     #[error(transparent)]
     Build(#[from] BuildError),
     #[error(transparent)]
@@ -64,12 +67,19 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
     let queues = usize::from(boot.vcpus).min(REQUEST_QUEUES_MAX);
     let fs = FsDevice::new(&server, queues, &filters)?;
     let (vsock, handle) = VsockDevice::new(boot.files.agent).map_err(AssembleError::Vsock)?;
-    let devices: Vec<Box<dyn Device>> = vec![
+    let mut devices: Vec<Box<dyn Device>> = vec![
         Box::new(vsock),
         Box::new(fs),
         Box::new(RngDevice),
         Box::new(ConsoleDevice::new(boot.files.console)),
     ];
+    let mut net = Vec::new();
+    for (index, (config, tap)) in boot.net.into_iter().enumerate() {
+        let device = NetDevice::new(tap, config.mac)
+            .map_err(|source| AssembleError::Tap { index, source })?;
+        net.push(device.counters());
+        devices.push(Box::new(device));
+    }
     let threads = devices.len() + usize::from(boot.vcpus);
     let blueprint = Blueprint::build(Config {
         vcpus: boot.vcpus,
@@ -84,7 +94,11 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
     let machine = launch_confined(blueprint, &filters, threads)?;
     filters.install(ThreadKind::Control)?;
     Ok(Assembled {
-        guest: JailedGuest { machine, server },
+        guest: JailedGuest {
+            machine,
+            server,
+            net,
+        },
         vsock: handle,
         times: BootTimes {
             jailed_us,
@@ -149,6 +163,7 @@ fn launch_confined(
 pub(crate) struct JailedGuest {
     machine: Machine,
     server: Arc<Server>,
+    net: Vec<Arc<Counters>>,
 }
 
 impl Guest for JailedGuest {
@@ -194,7 +209,14 @@ impl Guest for JailedGuest {
     fn metrics(&self) -> Metrics {
         let exits = self.machine.exits();
         let files = self.server.counters();
+        let net = self.net.iter().map(|counters| counters.read());
+        let net = net.fold(Traffic::default(), Traffic::plus);
         Metrics {
+            net_received_frames: net.received_frames,
+            net_received_bytes: net.received_bytes,
+            net_sent_frames: net.sent_frames,
+            net_sent_bytes: net.sent_bytes,
+            net_dropped_frames: net.dropped_frames,
             exits_io: exits.io(),
             exits_mmio: exits.mmio(),
             fs_requests: files.requests,

@@ -8,7 +8,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
-use husk_vmm_control::{BootConfig, MEMORY_MIB_MAX, MEMORY_MIB_MIN, VCPUS_MAX};
+use husk_vmm_control::{
+    BootConfig, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NET_DEVICES_MAX, NetConfig, VCPUS_MAX,
+};
 use rustix::fs::{FileType, OFlags};
 use rustix::net::SocketType;
 
@@ -30,7 +32,9 @@ pub struct Boot {
     pub cgroup_dir: Option<PathBuf>,
     /// For how long the guest may cache names and attributes.
     pub share_cache_ms: u64,
-    /// What came with the request.
+    /// The network devices, each with its tap.
+    pub net: Vec<(NetConfig, OwnedFd)>,
+    /// What else came with the request.
     pub files: BootFiles,
 }
 
@@ -70,6 +74,12 @@ pub enum BootError {
          printable ASCII characters"
     )]
     Cmdline,
+    /// More network devices than a machine has.
+    #[error("{count} network devices: a machine has at most {NET_DEVICES_MAX}")]
+    NetDevices {
+        /// What was asked for.
+        count: usize,
+    },
     /// Relative, or not a path at all.
     #[error("{which} {path:?} is not an absolute path")]
     Path {
@@ -79,10 +89,12 @@ pub enum BootError {
         path: String,
     },
     /// One is missing or too many.
-    #[error("{count} descriptors came with the boot request: it takes {BOOT_FILES}")]
+    #[error("{count} descriptors came with the boot request: it takes {expected}")]
     Count {
         /// How many came.
         count: usize,
+        /// How many it takes.
+        expected: usize,
     },
     /// Not the kind of file it has to be.
     #[error("the descriptor of {which} is not {expected}")]
@@ -102,7 +114,7 @@ pub enum BootError {
     },
 }
 
-/// Descriptors of a boot request.
+/// Descriptors of a boot request, before the taps.
 const BOOT_FILES: usize = 5;
 
 impl Boot {
@@ -110,13 +122,14 @@ impl Boot {
     ///
     /// # Errors
     /// [`BootError`], naming the first thing that is wrong.
-    pub fn new(config: BootConfig, descriptors: Vec<OwnedFd>) -> Result<Self, BootError> {
+    pub fn new(config: BootConfig, mut descriptors: Vec<OwnedFd>) -> Result<Self, BootError> {
         let BootConfig {
             vcpus,
             memory_mib,
             cmdline_extra,
             shared_dir,
             cgroup_dir,
+            net,
             share_cache_ms,
         } = config;
         if !(1..=VCPUS_MAX).contains(&vcpus) {
@@ -129,6 +142,22 @@ impl Boot {
         if cmdline_extra.len() > CMDLINE_EXTRA_BYTES_MAX || !cmdline_extra.bytes().all(is_word) {
             return Err(BootError::Cmdline);
         }
+        if net.len() > NET_DEVICES_MAX {
+            return Err(BootError::NetDevices { count: net.len() });
+        }
+        let (count, expected) = (descriptors.len(), BOOT_FILES + net.len());
+        if count != expected {
+            return Err(BootError::Count { count, expected });
+        }
+        let taps = descriptors.split_off(BOOT_FILES);
+        for tap in &taps {
+            require_type(
+                "a tap",
+                tap,
+                FileType::CharacterDevice,
+                "a character device",
+            )?;
+        }
         let cgroup_dir = match cgroup_dir.as_str() {
             "" => None,
             _ => Some(absolute("cgroup_dir", cgroup_dir)?),
@@ -140,6 +169,7 @@ impl Boot {
             shared_dir: absolute("shared_dir", shared_dir)?,
             cgroup_dir,
             share_cache_ms,
+            net: net.into_iter().zip(taps).collect(),
             files: BootFiles::new(descriptors)?,
         })
     }
@@ -150,6 +180,7 @@ impl BootFiles {
         let [kvm, kernel, initrd, console, agent] = <[_; BOOT_FILES]>::try_from(descriptors)
             .map_err(|descriptors| BootError::Count {
                 count: descriptors.len(),
+                expected: BOOT_FILES,
             })?;
         require_type(
             "/dev/kvm",

@@ -11,11 +11,13 @@ use rustix::net::{
 use rustix::{io::Errno, net};
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::NET_DEVICES_MAX;
+
 /// Longest message, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 
-/// Most descriptors beside one message.
-pub const DESCRIPTORS_MAX: usize = 8;
+/// Most descriptors beside one message: a boot request has five, and the taps.
+pub const DESCRIPTORS_MAX: usize = 5 + NET_DEVICES_MAX;
 
 /// One end of a control socket.
 #[derive(Debug)]

@@ -40,7 +40,7 @@ pub struct Request {
 pub enum Call {
     /// Builds the machine and enters the jail; the guest does not run yet. The first call, once.
     /// Descriptors: /dev/kvm, guest kernel, initrd, console log (opened for writing),
-    /// agent stream (one end of a `SOCK_STREAM` pair).
+    /// agent stream (one end of a `SOCK_STREAM` pair), and a tap for each of [`BootConfig::net`].
     Boot(BootConfig),
     /// Runs the first guest instruction. Once, after `Boot`.
     Start,
@@ -74,10 +74,24 @@ pub struct BootConfig {
     /// Absolute path of the cgroup v2 directory to join before the guest runs; empty: stay.
     #[serde(default)]
     pub cgroup_dir: String,
+    /// The network devices, in the order in which the guest meets them; at most [`NET_DEVICES_MAX`].
+    #[serde(default)]
+    pub net: Vec<NetConfig>,
     /// How long the guest may believe names and attributes of the share, in milliseconds.
     pub share_cache_ms: u64,
 }
 
+/// A network device. Its tap does not block, and has a header of 12 bytes before each frame
+/// (`IFF_VNET_HDR`, `TUNSETVNETHDRSZ`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+}
+
+/// Most network devices of a machine.
+pub const NET_DEVICES_MAX: usize = 8;
 /// Most virtual CPUs a machine may have.
 pub const VCPUS_MAX: u8 = 64;
 /// Least guest memory, in MiB, a stock kernel and the agent get up in.
@@ -238,4 +252,14 @@ pub struct Metrics {
     pub fs_written_bytes: u64,
     /// Inodes of the share the guest has not forgotten.
     pub fs_inodes: u64,
+    /// Frames that the guest received, over all its network devices.
+    pub net_received_frames: u64,
+    /// Their bytes, each with a header of 12.
+    pub net_received_bytes: u64,
+    /// Frames that the guest sent.
+    pub net_sent_frames: u64,
+    /// Their bytes, each with a header of 12.
+    pub net_sent_bytes: u64,
+    /// Frames of either direction that were lost in the machine.
+    pub net_dropped_frames: u64,
 }

@@ -9,6 +9,7 @@ fn config() -> BootConfig {
         cmdline_extra: "quiet".to_owned(),
         shared_dir: "/srv".to_owned(),
         cgroup_dir: String::new(),
+        net: Vec::new(),
         share_cache_ms: 0,
     }
 }
@@ -84,4 +85,33 @@ fn good_request_is_taken_with_an_empty_cgroup_as_none() {
 
     assert_eq!(boot.cgroup_dir, None);
     assert_eq!(boot.shared_dir, PathBuf::from("/srv"));
+}
+
+#[test]
+fn taps_come_one_for_each_network_device() {
+    let refused = |devices: usize, taps: Vec<OwnedFd>| {
+        let net = vec![NetConfig { mac: [2; 6] }; devices];
+        let mut descriptors = descriptors();
+        descriptors.extend(taps);
+        let boot = Boot::new(BootConfig { net, ..config() }, descriptors);
+        boot.map(|boot| boot.net.len())
+            .map_err(|error| error.to_string())
+    };
+    let device = || File::open("/dev/null").unwrap().into();
+    let file = || tempfile::tempfile().unwrap().into();
+
+    assert!(refused(1, vec![]).unwrap_err().contains("it takes 6"));
+    assert!(
+        refused(0, vec![device()])
+            .unwrap_err()
+            .contains("it takes 5")
+    );
+    assert!(refused(1, vec![file()]).unwrap_err().contains("a tap"));
+    let devices = NET_DEVICES_MAX + 1;
+    assert!(
+        refused(devices, vec![])
+            .unwrap_err()
+            .contains("network devices")
+    );
+    assert_eq!(refused(2, vec![device(), device()]), Ok(2));
 }

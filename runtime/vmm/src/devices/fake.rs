@@ -212,10 +212,11 @@ impl Driver {
             stop,
         };
         let filters = Filters::compile().unwrap();
+        let kind = ThreadKind::of_device(device.profile().device_type);
         std::thread::scope(|scope| {
             let run = || {
-                // A system call that is not on the list of device threads ends the process.
-                filters.install(ThreadKind::Device).unwrap();
+                // A system call that is not on the list of its threads ends the process.
+                filters.install(kind).unwrap();
                 device.run(activation)
             };
             scope.spawn(run).join().unwrap().unwrap();

@@ -5,6 +5,7 @@ pub mod console;
 pub(crate) mod fake;
 pub(crate) mod fd;
 pub mod fs;
+pub mod net;
 pub mod rng;
 mod simple;
 pub mod vsock;

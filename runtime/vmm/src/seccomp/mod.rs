@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
-use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use virtio_bindings::virtio_ids::{VIRTIO_ID_NET, VIRTIO_ID_VSOCK};
 
 /// The kinds of threads of a virtual machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub enum ThreadKind {
     Device,
     /// The vsock device: as a device, and it waits for streams.
     Vsock,
+    /// A network device: moves frames between its queues and its tap.
+    Net,
     /// Serves FUSE requests: the only kind that opens files.
     FsWorker,
 }
@@ -63,11 +65,12 @@ pub enum SeccompError {
 
 impl ThreadKind {
     /// Every kind, in the order of declaration.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Control,
         Self::Vcpu,
         Self::Device,
         Self::Vsock,
+        Self::Net,
         Self::FsWorker,
     ];
 
@@ -76,6 +79,7 @@ impl ThreadKind {
     pub fn of_device(device_type: u32) -> Self {
         match device_type {
             VIRTIO_ID_VSOCK => Self::Vsock,
+            VIRTIO_ID_NET => Self::Net,
             _ => Self::Device,
         }
     }

@@ -62,6 +62,9 @@ const STREAM_BYTES: &[c_long] = &[
     libc::SYS_writev,
 ];
 
+/// Frames between a tap and guest memory.
+const FRAMES: &[c_long] = &[libc::SYS_readv, libc::SYS_writev];
+
 /// Looking at a descriptor that was handed over, and watching it.
 const STREAM_DESCRIPTORS: &[c_long] = &[libc::SYS_epoll_create1, libc::SYS_fstat];
 
@@ -133,6 +136,12 @@ const VCPU_REQUESTS: &[libc::c_ulong] = &[
     ioctl_expr(_IOC_NONE, KVMIO, 0xad, 0),
 ];
 
+/// Requests on a tap.
+const TAP_REQUESTS: &[libc::c_ulong] = &[
+    // TUNSETOFFLOAD, each time the driver sets the device up
+    0x4004_54d0,
+];
+
 /// Requests on files of the share.
 const FILE_REQUESTS: &[libc::c_ulong] = &[
     // FS_IOC_GETFLAGS
@@ -168,6 +177,12 @@ pub(super) fn of(kind: ThreadKind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>,
             rules.allow(MESSAGES);
             // Only asked: others share the open file description, so nothing may change it.
             rules.allow_descriptor_command(libc::F_GETFL)?;
+        }
+        ThreadKind::Net => {
+            rules.allow_copies()?;
+            rules.allow(EVENT_LOOP);
+            rules.allow(FRAMES);
+            rules.allow_requests(TAP_REQUESTS)?;
         }
         ThreadKind::FsWorker => {
             rules.allow(EVENT_LOOP);

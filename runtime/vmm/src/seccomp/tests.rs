@@ -120,6 +120,8 @@ fn memory_is_never_executable() {
 fn ioctl_is_limited_to_what_a_thread_does() {
     const KVM_RUN: c_long = 0xae80;
     const KVM_CREATE_VM: c_long = 0xae01;
+    const TUNSETOFFLOAD: c_long = 0x4004_54d0;
+    const TUNSETIFF: c_long = 0x4004_54ca;
     const TIOCSTI: c_long = 0x5412;
     const FS_IOC_GETFLAGS: c_long = 0x8008_6601;
     let null = File::open("/dev/null").unwrap();
@@ -133,6 +135,9 @@ fn ioctl_is_limited_to_what_a_thread_does() {
         End::Returned
     );
     assert_eq!(request(ThreadKind::FsWorker, KVM_RUN), KILLED);
+    assert_eq!(request(ThreadKind::Net, TUNSETOFFLOAD), End::Returned);
+    assert_eq!(request(ThreadKind::Net, TUNSETIFF), KILLED);
+    assert_eq!(request(ThreadKind::Device, TUNSETOFFLOAD), KILLED);
     for kind in ThreadKind::ALL {
         assert_eq!(request(kind, TIOCSTI), KILLED, "{kind:?}");
     }
@@ -153,6 +158,7 @@ fn permitted_calls_pass() {
         ThreadKind::Control,
         ThreadKind::Device,
         ThreadKind::Vsock,
+        ThreadKind::Net,
         ThreadKind::FsWorker,
     ];
     for kind in waits {

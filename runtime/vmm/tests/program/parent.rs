@@ -75,6 +75,7 @@ impl Parent {
             cmdline_extra: String::new(),
             shared_dir: share.path().to_str().unwrap().to_owned(),
             cgroup_dir: String::new(),
+            net: Vec::new(),
             share_cache_ms: 0,
         };
         Self {

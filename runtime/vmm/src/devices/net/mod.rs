@@ -1,0 +1,346 @@
+//! virtio-net: the pod's interface, by way of a tap (virtio 1.2, 5.1).
+//!
+//! The tap was handed over; it carries the same header before each frame as the queues do, so that
+//! a frame goes straight between guest memory and the tap, unlooked at. Checksums and segmentation
+//! are left undone on the way, as far as the driver agrees: what passes is up to 64 KiB at a time.
+//!
+//! One thread serves both directions in turns of limited length, and waits in between. The tap is
+//! not read while the driver has no buffers: the kernel's queue fills, and it drops what is too much.
+//!
+//! The link has no `mtu` field: the agent sets the MTU, which may change while the pod runs, and a
+//! driver takes that field as an upper bound for ever.
+
+mod receive;
+mod ring;
+mod tap;
+#[cfg(test)]
+mod tests;
+mod transmit;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::eventfd::EventFd;
+
+use self::receive::Receive;
+use self::tap::Tap;
+use self::transmit::Transmit;
+use crate::device::{Activation, Device, DeviceError, Profile};
+use crate::devices::fd::borrow;
+
+const NAME: &str = "net";
+
+const RECEIVE_QUEUE: usize = 0;
+const TRANSMIT_QUEUE: usize = 1;
+
+/// Frames that may be on their way in each direction. A full queue of receive buffers is what the
+/// guest pays for it: some 400 KiB.
+const QUEUE_SIZE: u16 = 256;
+
+/// Frames that one direction may move before the other one, and the stop, get their turn.
+const FRAMES_PER_TURN_MAX: usize = 64;
+
+/// virtio 1.2, 5.1.6: `struct virtio_net_hdr`, with `num_buffers`.
+const HEADER_BYTES: usize = 12;
+
+/// Ethernet's header with a VLAN tag, and that of IPv6, whose payload has up to 65535 bytes.
+const PACKET_BYTES_MAX: usize = 18 + 40 + 65535;
+
+/// The longest that passes, with its header.
+const FRAME_BYTES_MAX: usize = HEADER_BYTES + PACKET_BYTES_MAX;
+
+/// virtio 1.2, 5.1.4: `mac`, `status`.
+const CONFIG_BYTES: usize = 8;
+/// `VIRTIO_NET_S_LINK_UP`
+const LINK_UP: u16 = 1;
+
+/// See the module.
+pub struct NetDevice {
+    tap: Tap,
+    features: u64,
+    config: [u8; CONFIG_BYTES],
+    counters: Arc<Counters>,
+}
+
+/// What has passed, since the device was made.
+#[derive(Debug, Default)]
+pub struct Counters {
+    received_frames: AtomicU64,
+    received_bytes: AtomicU64,
+    sent_frames: AtomicU64,
+    sent_bytes: AtomicU64,
+    dropped_frames: AtomicU64,
+}
+
+/// The figures of [`Counters`] at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// To the guest.
+    pub received_frames: u64,
+    /// Headers of virtio included.
+    pub received_bytes: u64,
+    /// From the guest.
+    pub sent_frames: u64,
+    /// Headers of virtio included.
+    pub sent_bytes: u64,
+    /// Malformed, too long, or refused by the tap, in either direction.
+    pub dropped_frames: u64,
+}
+
+impl Traffic {
+    /// That of two devices.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            received_frames: self.received_frames.wrapping_add(other.received_frames),
+            received_bytes: self.received_bytes.wrapping_add(other.received_bytes),
+            sent_frames: self.sent_frames.wrapping_add(other.sent_frames),
+            sent_bytes: self.sent_bytes.wrapping_add(other.sent_bytes),
+            dropped_frames: self.dropped_frames.wrapping_add(other.dropped_frames),
+        }
+    }
+}
+
+impl Counters {
+    /// The figures now.
+    #[must_use]
+    pub fn read(&self) -> Traffic {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Traffic {
+            received_frames: read(&self.received_frames),
+            received_bytes: read(&self.received_bytes),
+            sent_frames: read(&self.sent_frames),
+            sent_bytes: read(&self.sent_bytes),
+            dropped_frames: read(&self.dropped_frames),
+        }
+    }
+
+    fn receive(&self, bytes: usize) {
+        self.received_frames.fetch_add(1, Ordering::Relaxed);
+        self.received_bytes
+            .fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn send(&self, bytes: usize) {
+        self.sent_frames.fetch_add(1, Ordering::Relaxed);
+        self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn drop_frame(&self) {
+        self.dropped_frames.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl NetDevice {
+    /// The device of a tap that does not block and has [`HEADER_BYTES`] before each frame.
+    ///
+    /// # Errors
+    /// The descriptor is not such a tap.
+    pub fn new(tap: OwnedFd, mac: [u8; 6]) -> io::Result<Self> {
+        Ok(Self::with(Tap::new(tap)?, mac))
+    }
+
+    fn with(tap: Tap, mac: [u8; 6]) -> Self {
+        let mut config = [0; CONFIG_BYTES];
+        config[..mac.len()].copy_from_slice(&mac);
+        config[mac.len()..].copy_from_slice(&LINK_UP.to_le_bytes());
+        Self {
+            features: features(tap.can_segment_udp()),
+            tap,
+            config,
+            counters: Arc::default(),
+        }
+    }
+
+    /// The device's counters, which outlive it.
+    #[must_use]
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+}
+
+impl Device for NetDevice {
+    fn profile(&self) -> Profile {
+        Profile {
+            name: NAME,
+            device_type: VIRTIO_ID_NET,
+            features: self.features,
+            queue_sizes: &[QUEUE_SIZE, QUEUE_SIZE],
+        }
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let rest = usize::try_from(offset)
+            .ok()
+            .and_then(|at| self.config.get(at..));
+        for (place, byte) in data.iter_mut().zip(rest.unwrap_or_default()) {
+            *place = *byte;
+        }
+    }
+
+    fn run(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
+        let features = activation.features;
+        self.tap
+            .set_offloads(has(features))
+            .map_err(failed("tell the tap what the guest can do"))?;
+        let mut take = |index| {
+            let queue = activation.queues.get_mut(index);
+            queue.and_then(Option::take)
+        };
+        let (receive, transmit) = (take(RECEIVE_QUEUE), take(TRANSMIT_QUEUE));
+        let memory = &*activation.memory;
+        let is_mergeable = has(features)(VIRTIO_NET_F_MRG_RXBUF);
+        let mut receive =
+            receive.map(|queue| Receive::new(queue, memory, is_mergeable, &self.counters));
+        let mut transmit = transmit.map(|queue| Transmit::new(queue, memory, &self.counters));
+        // The driver may have kicked before this thread looked.
+        let mut to_do = ToDo {
+            receive: Next::Turn,
+            transmit: Next::Turn,
+        };
+        loop {
+            if let (Next::Turn, Some(receive)) = (to_do.receive, &mut receive) {
+                to_do.receive = receive.take_turn(&self.tap)?;
+            }
+            if let (Next::Turn, Some(transmit)) = (to_do.transmit, &mut transmit) {
+                to_do.transmit = transmit.take_turn(&self.tap)?;
+            }
+            let kick_of_receive = receive.as_ref().map(Receive::kick);
+            let kick_of_transmit = transmit.as_ref().map(Transmit::kick);
+            let kicks = [kick_of_receive, kick_of_transmit];
+            if to_do.wait(&self.tap, &activation.stop, kicks)? {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// What a direction waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Nothing: it has more to do.
+    Turn,
+    /// The driver's kick.
+    Kick,
+    /// Frames at the tap.
+    Frames,
+    /// Nothing will ever come.
+    Nothing,
+}
+
+struct ToDo {
+    receive: Next,
+    transmit: Next,
+}
+
+impl ToDo {
+    /// Waits until there is something to do. Whether it is the stop.
+    fn wait(
+        &mut self,
+        tap: &Tap,
+        stop: &EventFd,
+        kicks: [Option<&EventFd>; 2],
+    ) -> Result<bool, DeviceError> {
+        let has_work = self.receive == Next::Turn || self.transmit == Next::Turn;
+        // A descriptor that nobody waits for is replaced by the stop, which everybody does.
+        let tap = match self.receive {
+            Next::Frames => tap.borrow(),
+            _ => borrow(stop),
+        };
+        let [receive_kick, transmit_kick] = kicks.map(|kick| borrow(kick.unwrap_or(stop)));
+        let mut polled = [borrow(stop), tap, receive_kick, transmit_kick]
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let no_wait = Timespec::default();
+        match poll(&mut polled, has_work.then_some(&no_wait)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(failed("poll")(errno.into())),
+        }
+        // A tap that has gone is told as an error, which reading it tells again.
+        let [is_stopped, has_frames, receive_kicked, transmit_kicked] =
+            polled.map(|fd| !fd.revents().is_empty());
+        if is_stopped {
+            return Ok(true);
+        }
+        if self.receive == Next::Frames && has_frames {
+            self.receive = Next::Turn;
+        }
+        if receive_kicked {
+            clear(receive_kick);
+            if self.receive == Next::Kick {
+                self.receive = Next::Turn;
+            }
+        }
+        if transmit_kicked {
+            clear(transmit_kick);
+            self.transmit = Next::Turn;
+        }
+        Ok(false)
+    }
+}
+
+/// It is readable, and nobody else reads it.
+fn clear(kick: std::os::fd::BorrowedFd<'_>) {
+    let _ = rustix::io::read(kick, &mut [0_u8; size_of::<u64>()]);
+}
+
+/// What the device offers.
+fn features(can_segment_udp: bool) -> u64 {
+    let mut offered = vec![
+        VIRTIO_NET_F_CSUM,
+        VIRTIO_NET_F_GUEST_CSUM,
+        VIRTIO_NET_F_MAC,
+        VIRTIO_NET_F_GUEST_TSO4,
+        VIRTIO_NET_F_GUEST_TSO6,
+        VIRTIO_NET_F_GUEST_ECN,
+        VIRTIO_NET_F_HOST_TSO4,
+        VIRTIO_NET_F_HOST_TSO6,
+        VIRTIO_NET_F_HOST_ECN,
+        VIRTIO_NET_F_MRG_RXBUF,
+        VIRTIO_NET_F_STATUS,
+        VIRTIO_RING_F_INDIRECT_DESC,
+        VIRTIO_RING_F_EVENT_IDX,
+    ];
+    if can_segment_udp {
+        offered.extend([
+            VIRTIO_NET_F_GUEST_USO4,
+            VIRTIO_NET_F_GUEST_USO6,
+            VIRTIO_NET_F_HOST_USO,
+        ]);
+    }
+    offered.into_iter().fold(0, |bits, bit| bits | (1 << bit))
+}
+
+/// Whether a feature is among `features`.
+fn has(features: u64) -> impl Fn(u32) -> bool {
+    move |bit| features & (1 << bit) != 0
+}
+
+fn failed(what: &'static str) -> impl Fn(io::Error) -> DeviceError {
+    move |source| DeviceError::Host {
+        device: NAME,
+        what,
+        source,
+    }
+}
+
+/// A queue that the driver has broken.
+fn broken(index: usize) -> impl Fn(virtio_queue::Error) -> DeviceError {
+    move |source| DeviceError::Queue {
+        device: NAME,
+        index,
+        source,
+    }
+}
