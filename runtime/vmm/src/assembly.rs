@@ -1,7 +1,7 @@
 //! From a boot request to a machine that stands still, in its jail, every thread confined.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::control::{Guest, describe};
 use crate::device::Device;
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, FsError, REQUEST_QUEUES_MAX};
-use crate::devices::net::{Counters, NetDevice, Traffic};
+use crate::devices::net::{NetDevice, Socket, Traffic};
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::{VsockDevice, VsockHandle};
 use crate::end::EndReason;
@@ -74,10 +74,10 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
         Box::new(ConsoleDevice::new(boot.files.console)),
     ];
     let mut net = Vec::new();
-    for (index, (config, tap)) in boot.net.into_iter().enumerate() {
-        let device = NetDevice::new(tap, config.mac)
-            .map_err(|source| AssembleError::Tap { index, source })?;
-        net.push(device.counters());
+    for (index, booted) in boot.net.into_iter().enumerate() {
+        let (device, socket) =
+            NetDevice::new(booted).map_err(|source| AssembleError::Tap { index, source })?;
+        net.push(socket);
         devices.push(Box::new(device));
     }
     let threads = devices.len() + usize::from(boot.vcpus);
@@ -163,24 +163,43 @@ fn launch_confined(
 pub(crate) struct JailedGuest {
     machine: Machine,
     server: Arc<Server>,
-    net: Vec<Arc<Counters>>,
+    net: Vec<Socket>,
+}
+
+/// Why the machine did not do as it was told.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum GuestError {
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    #[error("the machine has no network device {device}")]
+    NoNetDevice { device: usize },
+    #[error("cannot plug a tap into network device {device}")]
+    PlugNet { device: usize, source: io::Error },
 }
 
 impl Guest for JailedGuest {
-    type Error = PauseError;
+    type Error = GuestError;
 
-    fn start(&mut self) -> Result<(), PauseError> {
+    fn start(&mut self) -> Result<(), GuestError> {
         self.machine.resume();
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<(), PauseError> {
-        self.machine.pause()
+    fn pause(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.pause()?)
     }
 
-    fn resume(&mut self) -> Result<(), PauseError> {
+    fn resume(&mut self) -> Result<(), GuestError> {
         self.machine.resume();
         Ok(())
+    }
+
+    fn plug_net(&mut self, device: usize, tap: Option<OwnedFd>) -> Result<(), GuestError> {
+        let socket = self.net.get(device);
+        let socket = socket.ok_or(GuestError::NoNetDevice { device })?;
+        socket
+            .plug(tap)
+            .map_err(|source| GuestError::PlugNet { device, source })
     }
 
     fn shut_down(&mut self) {
@@ -209,7 +228,7 @@ impl Guest for JailedGuest {
     fn metrics(&self) -> Metrics {
         let exits = self.machine.exits();
         let files = self.server.counters();
-        let net = self.net.iter().map(|counters| counters.read());
+        let net = self.net.iter().map(Socket::traffic);
         let net = net.fold(Traffic::default(), Traffic::plus);
         Metrics {
             net_received_frames: net.received_frames,

@@ -32,11 +32,14 @@ pub struct Boot {
     pub cgroup_dir: Option<PathBuf>,
     /// For how long the guest may cache names and attributes.
     pub share_cache_ms: u64,
-    /// The network devices, each with its tap.
-    pub net: Vec<(NetConfig, OwnedFd)>,
+    /// The network devices.
+    pub net: Vec<NetBoot>,
     /// What else came with the request.
     pub files: BootFiles,
 }
+
+/// A network device: its address and its tap, or nothing yet.
+pub type NetBoot = Option<([u8; 6], OwnedFd)>;
 
 /// The descriptors of the request.
 #[derive(Debug)]
@@ -145,7 +148,8 @@ impl Boot {
         if net.len() > NET_DEVICES_MAX {
             return Err(BootError::NetDevices { count: net.len() });
         }
-        let (count, expected) = (descriptors.len(), BOOT_FILES + net.len());
+        let taps = net.iter().filter(|device| device.mac.is_some()).count();
+        let (count, expected) = (descriptors.len(), BOOT_FILES + taps);
         if count != expected {
             return Err(BootError::Count { count, expected });
         }
@@ -158,6 +162,9 @@ impl Boot {
                 "a character device",
             )?;
         }
+        let mut taps = taps.into_iter();
+        let with_tap = |device: NetConfig| device.mac.and_then(|mac| Some((mac, taps.next()?)));
+        let net = net.into_iter().map(with_tap).collect();
         let cgroup_dir = match cgroup_dir.as_str() {
             "" => None,
             _ => Some(absolute("cgroup_dir", cgroup_dir)?),
@@ -169,7 +176,7 @@ impl Boot {
             shared_dir: absolute("shared_dir", shared_dir)?,
             cgroup_dir,
             share_cache_ms,
-            net: net.into_iter().zip(taps).collect(),
+            net,
             files: BootFiles::new(descriptors)?,
         })
     }

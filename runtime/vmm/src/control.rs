@@ -49,6 +49,12 @@ pub trait Guest {
     /// They do not.
     fn resume(&mut self) -> Result<(), Self::Error>;
 
+    /// Plugs a tap into a network device, or pulls it out.
+    ///
+    /// # Errors
+    /// There is no such device, or the descriptor is no tap.
+    fn plug_net(&mut self, device: usize, tap: Option<OwnedFd>) -> Result<(), Self::Error>;
+
     /// Ends vCPUs and devices. Returns when the devices have passed on what they hold, or after
     /// a limited time.
     fn shut_down(&mut self);
@@ -89,7 +95,7 @@ impl State {
             (Self::Running, Call::Connect(_)) => Ok(Self::Running),
             // The guest answers when it runs again, or the connection times out.
             (Self::Paused, Call::Connect(_)) => Ok(Self::Paused),
-            (state, Call::Stop | Call::Metrics) => Ok(state),
+            (state, Call::Stop | Call::Metrics | Call::PlugNet(_)) => Ok(state),
             (_, Call::Boot(_)) => Err("the machine is built already"),
             (Self::Built, _) => Err("the guest was not started"),
             (_, Call::Start) => Err("the guest was started already"),
@@ -232,7 +238,8 @@ impl<G: Guest> Control<'_, G> {
                 return Ok(None);
             }
         };
-        if !matches!(call, Call::Connect(_)) && !descriptors.is_empty() {
+        let takes_descriptors = matches!(call, Call::Connect(_) | Call::PlugNet(_));
+        if !takes_descriptors && !descriptors.is_empty() {
             self.reply(id, Err(failure("the call takes no descriptors")))?;
             return Ok(None);
         }
@@ -244,6 +251,14 @@ impl<G: Guest> Control<'_, G> {
                 self.connect(id, &connect, descriptors)?;
                 return Ok(None);
             }
+            Call::PlugNet(plug) if descriptors.len() != usize::from(plug.tap) => {
+                let why = "plugging a network device in takes one tap, pulling it out none";
+                self.reply(id, Err(failure(why)))?;
+                return Ok(None);
+            }
+            Call::PlugNet(plug) => self
+                .guest
+                .plug_net(plug.device, descriptors.into_iter().next()),
             Call::Metrics => {
                 let metrics = self.metrics();
                 self.reply(id, Ok(Answer::Metrics(metrics)))?;

@@ -40,7 +40,8 @@ pub struct Request {
 pub enum Call {
     /// Builds the machine and enters the jail; the guest does not run yet. The first call, once.
     /// Descriptors: /dev/kvm, guest kernel, initrd, console log (opened for writing),
-    /// agent stream (one end of a `SOCK_STREAM` pair), and a tap for each of [`BootConfig::net`].
+    /// agent stream (one end of a `SOCK_STREAM` pair), and a tap for each of [`BootConfig::net`]
+    /// that has an address.
     Boot(BootConfig),
     /// Runs the first guest instruction. Once, after `Boot`.
     Start,
@@ -52,6 +53,9 @@ pub enum Call {
     Pause,
     /// Lets the vCPUs run again.
     Resume,
+    /// Plugs a tap into a network device, or pulls it out. Descriptors: the tap if [`PlugNet::tap`].
+    /// The one that was there before is closed.
+    PlugNet(PlugNet),
     /// Ends the virtual machine at once, whatever the guest does.
     Stop,
     /// Asks for the counters of the machine.
@@ -86,8 +90,9 @@ pub struct BootConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Its Ethernet address.
-    pub mac: [u8; 6],
+    /// Its Ethernet address. A device without one gets its tap later, by [`Call::PlugNet`], and lets
+    /// the guest choose.
+    pub mac: Option<[u8; 6]>,
 }
 
 /// Most network devices of a machine.
@@ -98,6 +103,16 @@ pub const VCPUS_MAX: u8 = 64;
 pub const MEMORY_MIB_MIN: u32 = 64;
 /// Most guest memory in MiB.
 pub const MEMORY_MIB_MAX: u32 = 1024 * 1024;
+
+/// A network device, and whether a tap comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlugNet {
+    /// Its place in [`BootConfig::net`].
+    pub device: usize,
+    /// A tap is sent; none: what is there is pulled out.
+    pub tap: bool,
+}
 
 /// A vsock connection to be made from the host to the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -88,30 +88,24 @@ fn good_request_is_taken_with_an_empty_cgroup_as_none() {
 }
 
 #[test]
-fn taps_come_one_for_each_network_device() {
-    let refused = |devices: usize, taps: Vec<OwnedFd>| {
-        let net = vec![NetConfig { mac: [2; 6] }; devices];
+fn taps_come_one_for_each_network_device_with_an_address() {
+    let booted = |devices: usize, taps: Vec<OwnedFd>| {
+        let mac = Some([2; 6]);
+        let mut net = vec![NetConfig { mac: None }];
+        net.extend(vec![NetConfig { mac }; devices]);
         let mut descriptors = descriptors();
         descriptors.extend(taps);
         let boot = Boot::new(BootConfig { net, ..config() }, descriptors);
-        boot.map(|boot| boot.net.len())
-            .map_err(|error| error.to_string())
+        boot.map(|boot| boot.net.iter().map(Option::is_some).collect::<Vec<_>>())
     };
+    let refusal = |devices, taps| booted(devices, taps).unwrap_err().to_string();
     let device = || File::open("/dev/null").unwrap().into();
     let file = || tempfile::tempfile().unwrap().into();
 
-    assert!(refused(1, vec![]).unwrap_err().contains("it takes 6"));
-    assert!(
-        refused(0, vec![device()])
-            .unwrap_err()
-            .contains("it takes 5")
-    );
-    assert!(refused(1, vec![file()]).unwrap_err().contains("a tap"));
-    let devices = NET_DEVICES_MAX + 1;
-    assert!(
-        refused(devices, vec![])
-            .unwrap_err()
-            .contains("network devices")
-    );
-    assert_eq!(refused(2, vec![device(), device()]), Ok(2));
+    assert!(refusal(1, vec![]).contains("it takes 6"));
+    assert!(refusal(0, vec![device()]).contains("it takes 5"));
+    assert!(refusal(1, vec![file()]).contains("a tap"));
+    assert!(refusal(NET_DEVICES_MAX, vec![]).contains("network devices"));
+    let is_plugged = booted(2, vec![device(), device()]).unwrap();
+    assert_eq!(is_plugged, [false, true, true]);
 }

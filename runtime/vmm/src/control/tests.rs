@@ -46,6 +46,10 @@ impl Guest for FakeGuest {
         self.note("resume")
     }
 
+    fn plug_net(&mut self, _: usize, tap: Option<OwnedFd>) -> Result<(), Refused> {
+        self.note(if tap.is_some() { "plug" } else { "pull" })
+    }
+
     fn shut_down(&mut self) {
         self.asked.lock().unwrap().push("shut down");
     }

@@ -138,7 +138,7 @@ const VCPU_REQUESTS: &[libc::c_ulong] = &[
 
 /// Requests on a tap.
 const TAP_REQUESTS: &[libc::c_ulong] = &[
-    // TUNSETOFFLOAD, each time the driver sets the device up
+    // TUNSETOFFLOAD, each time the driver sets the device up, or a tap is plugged in
     0x4004_54d0,
 ];
 
@@ -159,6 +159,8 @@ pub(super) fn of(kind: ThreadKind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>,
         ThreadKind::Control => {
             rules.allow(EVENT_LOOP);
             rules.allow(MESSAGES);
+            // Whether a descriptor that came is a tap.
+            rules.allow_requests(TAP_REQUESTS)?;
         }
         ThreadKind::Vcpu => {
             rules.allow_requests(VCPU_REQUESTS)?;

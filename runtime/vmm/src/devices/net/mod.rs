@@ -7,6 +7,9 @@
 //! One thread serves both directions in turns of limited length, and waits in between. The tap is
 //! not read while the driver has no buffers: the kernel's queue fills, and it drops what is too much.
 //!
+//! A device may be there before its tap is: it then has no address yet, and what the guest sends is
+//! lost. A tap may also be pulled out and replaced while the guest runs.
+//!
 //! The link has no `mtu` field: the agent sets the MTU, which may change while the pod runs, and a
 //! driver takes that field as an upper bound for ever.
 
@@ -21,6 +24,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -32,7 +36,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::receive::Receive;
 use self::tap::Tap;
@@ -68,7 +72,8 @@ const LINK_UP: u16 = 1;
 
 /// See the module.
 pub struct NetDevice {
-    tap: Tap,
+    tap: Option<Tap>,
+    plugged: Plugged,
     features: u64,
     config: [u8; CONFIG_BYTES],
     counters: Arc<Counters>,
@@ -76,7 +81,7 @@ pub struct NetDevice {
 
 /// What has passed, since the device was made.
 #[derive(Debug, Default)]
-pub struct Counters {
+struct Counters {
     received_frames: AtomicU64,
     received_bytes: AtomicU64,
     sent_frames: AtomicU64,
@@ -84,7 +89,7 @@ pub struct Counters {
     dropped_frames: AtomicU64,
 }
 
-/// The figures of [`Counters`] at one moment.
+/// What has passed through a device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// To the guest.
@@ -114,9 +119,7 @@ impl Traffic {
 }
 
 impl Counters {
-    /// The figures now.
-    #[must_use]
-    pub fn read(&self) -> Traffic {
+    fn read(&self) -> Traffic {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Traffic {
             received_frames: read(&self.received_frames),
@@ -144,30 +147,84 @@ impl Counters {
 }
 
 impl NetDevice {
-    /// The device of a tap that does not block and has [`HEADER_BYTES`] before each frame.
+    /// The device of an address and a tap, which does not block and has a header of 12 bytes before
+    /// each frame; none: one that gets its tap later. Taps are plugged into the socket.
     ///
     /// # Errors
-    /// The descriptor is not such a tap.
-    pub fn new(tap: OwnedFd, mac: [u8; 6]) -> io::Result<Self> {
-        Ok(Self::with(Tap::new(tap)?, mac))
+    /// The descriptor is not such a tap, or the host has no events left.
+    pub fn new(booted: Option<([u8; 6], OwnedFd)>) -> io::Result<(Self, Socket)> {
+        let with_tap = |(mac, fd)| Ok::<_, io::Error>((mac, Tap::new(fd)?));
+        Self::with(booted.map(with_tap).transpose()?)
     }
 
-    fn with(tap: Tap, mac: [u8; 6]) -> Self {
+    fn with(booted: Option<([u8; 6], Tap)>) -> io::Result<(Self, Socket)> {
         let mut config = [0; CONFIG_BYTES];
-        config[..mac.len()].copy_from_slice(&mac);
-        config[mac.len()..].copy_from_slice(&LINK_UP.to_le_bytes());
-        Self {
-            features: features(tap.can_segment_udp()),
-            tap,
-            config,
-            counters: Arc::default(),
+        let mut features = features();
+        if let Some((mac, tap)) = &booted {
+            config[..mac.len()].copy_from_slice(mac);
+            features |= 1 << VIRTIO_NET_F_MAC;
+            if tap.can_segment_udp() {
+                features |= UDP_SEGMENTATION;
+            }
         }
+        config[CONFIG_BYTES - size_of::<u16>()..].copy_from_slice(&LINK_UP.to_le_bytes());
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let (plug, taps) = mpsc::channel();
+        let counters = Arc::default();
+        let socket = Socket {
+            taps: plug,
+            event: event.try_clone()?,
+            counters: Arc::clone(&counters),
+        };
+        let device = Self {
+            tap: booted.map(|(_, tap)| tap),
+            plugged: Plugged { taps, event },
+            features,
+            config,
+            counters,
+        };
+        Ok((device, socket))
+    }
+}
+
+/// Where taps are plugged in, from outside of the device's thread.
+#[derive(Debug)]
+pub struct Socket {
+    taps: Sender<Option<Tap>>,
+    event: EventFd,
+    counters: Arc<Counters>,
+}
+
+impl Socket {
+    /// Replaces the device's tap, or takes it away.
+    ///
+    /// # Errors
+    /// The descriptor is no tap.
+    pub fn plug(&self, tap: Option<OwnedFd>) -> io::Result<()> {
+        let tap = tap.map(Tap::new).transpose()?;
+        // A device that is gone needs none.
+        let _ = self.taps.send(tap);
+        self.event.write(1)
     }
 
-    /// The device's counters, which outlive it.
+    /// What has passed so far.
     #[must_use]
-    pub fn counters(&self) -> Arc<Counters> {
-        Arc::clone(&self.counters)
+    pub fn traffic(&self) -> Traffic {
+        self.counters.read()
+    }
+}
+
+/// The device's side of a [`Socket`].
+struct Plugged {
+    taps: Receiver<Option<Tap>>,
+    event: EventFd,
+}
+
+impl Plugged {
+    /// The last that was plugged in or pulled out since the last time.
+    fn take(&self) -> Option<Option<Tap>> {
+        clear(borrow(&self.event));
+        self.taps.try_iter().last()
     }
 }
 
@@ -193,9 +250,10 @@ impl Device for NetDevice {
 
     fn run(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
         let features = activation.features;
-        self.tap
-            .set_offloads(has(features))
-            .map_err(failed("tell the tap what the guest can do"))?;
+        if let Some(tap) = self.plugged.take() {
+            self.tap = tap;
+        }
+        set_offloads(self.tap.as_ref(), features)?;
         let mut take = |index| {
             let queue = activation.queues.get_mut(index);
             queue.and_then(Option::take)
@@ -213,16 +271,29 @@ impl Device for NetDevice {
         };
         loop {
             if let (Next::Turn, Some(receive)) = (to_do.receive, &mut receive) {
-                to_do.receive = receive.take_turn(&self.tap)?;
+                to_do.receive = receive.take_turn(self.tap.as_ref())?;
             }
             if let (Next::Turn, Some(transmit)) = (to_do.transmit, &mut transmit) {
-                to_do.transmit = transmit.take_turn(&self.tap)?;
+                to_do.transmit = transmit.take_turn(self.tap.as_ref())?;
             }
-            let kick_of_receive = receive.as_ref().map(Receive::kick);
-            let kick_of_transmit = transmit.as_ref().map(Transmit::kick);
-            let kicks = [kick_of_receive, kick_of_transmit];
-            if to_do.wait(&self.tap, &activation.stop, kicks)? {
-                return Ok(());
+            let stop = &activation.stop;
+            let watched = Watched {
+                stop,
+                plug: &self.plugged.event,
+                tap: self.tap.as_ref(),
+                receive: receive.as_ref().map_or(stop, Receive::kick),
+                transmit: transmit.as_ref().map_or(stop, Transmit::kick),
+            };
+            match to_do.wait(&watched)? {
+                Woken::Stop => return Ok(()),
+                Woken::Plug => {
+                    if let Some(tap) = self.plugged.take() {
+                        self.tap = tap;
+                        set_offloads(self.tap.as_ref(), features)?;
+                        to_do.receive = Next::Turn;
+                    }
+                }
+                Woken::Work => {}
             }
         }
     }
@@ -246,22 +317,34 @@ struct ToDo {
     transmit: Next,
 }
 
+/// All that a wait may end with.
+struct Watched<'a> {
+    stop: &'a EventFd,
+    plug: &'a EventFd,
+    tap: Option<&'a Tap>,
+    receive: &'a EventFd,
+    transmit: &'a EventFd,
+}
+
+/// What a wait has ended with.
+enum Woken {
+    Stop,
+    Plug,
+    Work,
+}
+
 impl ToDo {
-    /// Waits until there is something to do. Whether it is the stop.
-    fn wait(
-        &mut self,
-        tap: &Tap,
-        stop: &EventFd,
-        kicks: [Option<&EventFd>; 2],
-    ) -> Result<bool, DeviceError> {
+    /// Waits until there is something to do.
+    fn wait(&mut self, watched: &Watched<'_>) -> Result<Woken, DeviceError> {
+        let stop = borrow(watched.stop);
         let has_work = self.receive == Next::Turn || self.transmit == Next::Turn;
         // A descriptor that nobody waits for is replaced by the stop, which everybody does.
-        let tap = match self.receive {
-            Next::Frames => tap.borrow(),
-            _ => borrow(stop),
+        let tap = match (self.receive, watched.tap) {
+            (Next::Frames, Some(tap)) => tap.borrow(),
+            _ => stop,
         };
-        let [receive_kick, transmit_kick] = kicks.map(|kick| borrow(kick.unwrap_or(stop)));
-        let mut polled = [borrow(stop), tap, receive_kick, transmit_kick]
+        let (receive_kick, transmit_kick) = (borrow(watched.receive), borrow(watched.transmit));
+        let mut polled = [stop, borrow(watched.plug), tap, receive_kick, transmit_kick]
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         let no_wait = Timespec::default();
         match poll(&mut polled, has_work.then_some(&no_wait)) {
@@ -269,10 +352,15 @@ impl ToDo {
             Err(errno) => return Err(failed("poll")(errno.into())),
         }
         // A tap that has gone is told as an error, which reading it tells again.
-        let [is_stopped, has_frames, receive_kicked, transmit_kicked] =
-            polled.map(|fd| !fd.revents().is_empty());
+        let [
+            is_stopped,
+            is_plugged,
+            has_frames,
+            receive_kicked,
+            transmit_kicked,
+        ] = polled.map(|fd| !fd.revents().is_empty());
         if is_stopped {
-            return Ok(true);
+            return Ok(Woken::Stop);
         }
         if self.receive == Next::Frames && has_frames {
             self.receive = Next::Turn;
@@ -287,7 +375,7 @@ impl ToDo {
             clear(transmit_kick);
             self.transmit = Next::Turn;
         }
-        Ok(false)
+        Ok(if is_plugged { Woken::Plug } else { Woken::Work })
     }
 }
 
@@ -296,12 +384,11 @@ fn clear(kick: std::os::fd::BorrowedFd<'_>) {
     let _ = rustix::io::read(kick, &mut [0_u8; size_of::<u64>()]);
 }
 
-/// What the device offers.
-fn features(can_segment_udp: bool) -> u64 {
-    let mut offered = vec![
+/// What every device offers.
+fn features() -> u64 {
+    let offered = [
         VIRTIO_NET_F_CSUM,
         VIRTIO_NET_F_GUEST_CSUM,
-        VIRTIO_NET_F_MAC,
         VIRTIO_NET_F_GUEST_TSO4,
         VIRTIO_NET_F_GUEST_TSO6,
         VIRTIO_NET_F_GUEST_ECN,
@@ -313,14 +400,17 @@ fn features(can_segment_udp: bool) -> u64 {
         VIRTIO_RING_F_INDIRECT_DESC,
         VIRTIO_RING_F_EVENT_IDX,
     ];
-    if can_segment_udp {
-        offered.extend([
-            VIRTIO_NET_F_GUEST_USO4,
-            VIRTIO_NET_F_GUEST_USO6,
-            VIRTIO_NET_F_HOST_USO,
-        ]);
-    }
     offered.into_iter().fold(0, |bits, bit| bits | (1 << bit))
+}
+
+/// What a device offers as well whose tap can do it.
+const UDP_SEGMENTATION: u64 =
+    (1 << VIRTIO_NET_F_GUEST_USO4) | (1 << VIRTIO_NET_F_GUEST_USO6) | (1 << VIRTIO_NET_F_HOST_USO);
+
+/// Lets a tap leave undone what the driver can do.
+fn set_offloads(tap: Option<&Tap>, features: u64) -> Result<(), DeviceError> {
+    let set = tap.map_or(Ok(()), |tap| tap.set_offloads(has(features)));
+    set.map_err(failed("tell the tap what the guest can do"))
 }
 
 /// Whether a feature is among `features`.

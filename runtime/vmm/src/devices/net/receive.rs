@@ -84,7 +84,10 @@ impl<'m> Receive<'m> {
     }
 
     /// Passes on what there is, up to [`FRAMES_PER_TURN_MAX`].
-    pub(super) fn take_turn(&mut self, tap: &Tap) -> Result<Next, DeviceError> {
+    pub(super) fn take_turn(&mut self, tap: Option<&Tap>) -> Result<Next, DeviceError> {
+        let Some(tap) = tap else {
+            return Ok(Next::Nothing);
+        };
         let before = self.ready.queue.next_used();
         let next = self.receive_frames(tap);
         let queue = &self.ready.queue;

@@ -19,6 +19,7 @@ struct Bench {
     receive: FakeQueue,
     transmit: FakeQueue,
     device: NetDevice,
+    socket: Socket,
     cable: OwnedFd,
     features: u64,
 }
@@ -31,11 +32,14 @@ impl Bench {
         let (tap, cable) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
                 .unwrap();
+        let mac = [2, 0, 0, 0, 0, 9];
+        let (device, socket) = NetDevice::with(Some((mac, Tap::of_socket(tap)))).unwrap();
         Self {
             receive: FakeQueue::new(&memory, 0),
             transmit: FakeQueue::new(&memory, FakeQueue::BYTES),
             memory,
-            device: NetDevice::with(Tap::of_socket(tap), [2, 0, 0, 0, 0, 9]),
+            device,
+            socket,
             cable,
             features: 1 << VIRTIO_NET_F_MRG_RXBUF,
         }
@@ -67,7 +71,7 @@ impl Bench {
             };
             scope.spawn(run).join().unwrap().unwrap();
         });
-        self.device.counters().read()
+        self.socket.traffic()
     }
 
     fn plug_in(&self, frame: &[u8]) {
@@ -296,5 +300,27 @@ fn config_tells_the_address_and_that_the_link_is_up() {
 #[test]
 fn anything_but_a_tap_is_refused() {
     let file = std::fs::File::open("/dev/null").unwrap();
-    assert!(NetDevice::new(file.into(), [2; 6]).is_err());
+    assert!(NetDevice::new(Some(([2; 6], file.into()))).is_err());
+}
+
+#[test]
+fn without_a_tap_frames_are_lost_and_none_come() {
+    let mut bench = Bench::new();
+    bench.write(DATA, &frame(100));
+    bench.transmit.add(&[(DATA, 100, false)]);
+    bench.receive.add(&[(DATA + 0x1000, 2000, true)]);
+    bench.plug_in(&frame(100));
+    bench.socket.plug(None).unwrap();
+
+    let traffic = bench.run();
+
+    assert_eq!((traffic.dropped_frames, traffic.received_frames), (1, 0));
+    assert_eq!(bench.transmit.used(), Some((0, 0)));
+    assert_eq!(bench.receive.used(), None);
+}
+
+#[test]
+fn device_without_an_address_leaves_it_to_the_driver() {
+    let (device, _socket) = NetDevice::with(None).unwrap();
+    assert_eq!(device.profile().features & (1 << VIRTIO_NET_F_MAC), 0);
 }

@@ -45,7 +45,7 @@ impl<'m> Transmit<'m> {
     }
 
     /// Sends what there is, up to [`FRAMES_PER_TURN_MAX`].
-    pub(super) fn take_turn(&mut self, tap: &Tap) -> Result<Next, DeviceError> {
+    pub(super) fn take_turn(&mut self, tap: Option<&Tap>) -> Result<Next, DeviceError> {
         let before = self.ready.queue.next_used();
         let sent = self.send_frames(tap);
         let queue = &mut self.ready.queue;
@@ -56,7 +56,7 @@ impl<'m> Transmit<'m> {
         sent.map_err(broken(TRANSMIT_QUEUE))
     }
 
-    fn send_frames(&mut self, tap: &Tap) -> Result<Next, virtio_queue::Error> {
+    fn send_frames(&mut self, tap: Option<&Tap>) -> Result<Next, virtio_queue::Error> {
         let memory = self.memory;
         self.ready.queue.disable_notification(memory)?;
         while self.sent.len() < FRAMES_PER_TURN_MAX {
@@ -76,10 +76,10 @@ impl<'m> Transmit<'m> {
     }
 
     /// Sends one frame. One that the tap does not take is lost, as on a cable.
-    fn send(&mut self, chain: DescriptorChain<&'m GuestMemoryMmap>, tap: &Tap) {
-        let moved = match self.collect(chain) {
-            Some(_) => tap.write(&self.pieces, &mut self.iovecs),
-            None => Moved::Refused,
+    fn send(&mut self, chain: DescriptorChain<&'m GuestMemoryMmap>, tap: Option<&Tap>) {
+        let moved = match (self.collect(chain), tap) {
+            (Some(()), Some(tap)) => tap.write(&self.pieces, &mut self.iovecs),
+            _ => Moved::Refused,
         };
         match moved {
             Moved::Bytes(bytes) => self.counters.send(bytes),
