@@ -15,6 +15,7 @@ pub mod container;
 pub mod devices;
 pub mod guest;
 pub mod launch;
+pub mod network;
 pub mod oci;
 pub mod pause;
 pub mod plan;

@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::future::Future;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use husk_protocol::PROTOCOL_VERSION;
@@ -13,8 +13,10 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 
 use crate::cgroup::CgroupError;
+use crate::container::lock;
 use crate::guest::{self, Times};
 use crate::launch::LaunchError;
+use crate::network::{Network, NetworkError};
 use crate::pod::PodError;
 use crate::reaper::realtime_ns;
 use crate::sandbox::{Sandbox, SandboxError};
@@ -24,13 +26,18 @@ use crate::sys;
 #[derive(Debug)]
 pub struct Service {
     sandbox: Arc<Sandbox>,
+    network: Mutex<Network>,
     times: Times,
 }
 
 impl Service {
     /// Serves the pod; `times` are told in the handshake.
     pub fn new(sandbox: Arc<Sandbox>, times: Times) -> Service {
-        Service { sandbox, times }
+        Service {
+            sandbox,
+            network: Mutex::default(),
+            times,
+        }
     }
 }
 
@@ -170,6 +177,23 @@ impl Agent for Service {
         };
         adjusted.map_err(internal("adjust the clock"))?;
         Ok(m::AdjustClockResponse::default())
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: m::ConfigureNetworkRequest,
+    ) -> ttrpc::Result<m::ConfigureNetworkResponse> {
+        // The kernel answers at once, so nobody waits for this.
+        let configured = lock(&self.network).configure(&request);
+        configured.map_err(|error| {
+            let code = match error {
+                NetworkError::Invalid(_) => Code::INVALID_ARGUMENT,
+                NetworkError::Step { .. } => Code::INTERNAL,
+            };
+            status(code, &chain(&error))
+        })?;
+        Ok(m::ConfigureNetworkResponse::default())
     }
 
     async fn shutdown(

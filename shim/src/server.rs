@@ -134,6 +134,10 @@ impl PodMaker for Maker {
             cmdline_extra: settings.vm.cmdline_extra,
             hostname: first.spec.hostname().clone().unwrap_or_default(),
             netns: netns(&first.spec),
+            spare_net_devices: match makes_interfaces_later(&first.spec) {
+                true => settings.network.spare_interfaces.into(),
+                false => 0,
+            },
             cgroup: pod.cgroup,
         };
         let sandbox = Sandbox::start(config)
@@ -166,6 +170,20 @@ fn netns(spec: &oci::Spec) -> Option<PathBuf> {
 
 /// No moment, but the mark that the pod's start was told.
 const TOLD: u64 = u64::MAX;
+
+/// Whether hooks run before the container starts, which make interfaces where there is no namespace
+/// with some in it (Docker, nerdctl).
+fn makes_interfaces_later(spec: &oci::Spec) -> bool {
+    let Some(hooks) = spec.hooks() else {
+        return false;
+    };
+    let lists = [
+        hooks.prestart(),
+        hooks.create_runtime(),
+        hooks.create_container(),
+    ];
+    lists.into_iter().flatten().any(|list| !list.is_empty())
+}
 
 struct SandboxPod {
     sandbox: Arc<Sandbox>,

@@ -169,6 +169,7 @@ async fn run_sandbox(arguments: &Arguments) -> Result<u8> {
         cmdline_extra: settings.vm.cmdline_extra,
         hostname: arguments.id(),
         netns: None,
+        spare_net_devices: 0,
         cgroup: None,
     };
     let mut signals = Signals::catch()?;

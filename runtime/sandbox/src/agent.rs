@@ -5,7 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use husk_protocol::PROTOCOL_VERSION;
-use husk_protocol::messages::{HelloRequest, HelloResponse, ShutdownRequest};
+use husk_protocol::messages::{
+    ConfigureNetworkRequest, HelloRequest, HelloResponse, ShutdownRequest,
+};
 use husk_protocol::service::AgentClient;
 use tokio::time::timeout;
 use ttrpc::Code;
@@ -73,6 +75,21 @@ impl Agent {
     /// For calls that end with the virtual machine by themselves.
     pub(crate) fn client(&self) -> AgentClient {
         self.client.clone()
+    }
+
+    /// Sets the guest's network.
+    pub(crate) async fn configure_network(
+        &self,
+        vmm: &Vmm,
+        request: ConfigureNetworkRequest,
+    ) -> Result<(), ContainerError> {
+        let answered = self.call(
+            vmm,
+            "configure network",
+            Some(NETWORK_DEADLINE),
+            |client| async move { client.configure_network(context(), &request).await },
+        );
+        answered.await.map(drop)
     }
 
     /// Asks the guest to power itself off. The answer may be lost with the guest.
@@ -171,6 +188,9 @@ const ENTROPY_BYTES: usize = 64;
 /// From the guest's first instruction to the agent's answer. Generous: an emulated host with ten
 /// guests starting at once takes the better part of a minute.
 const HELLO_DEADLINE: Duration = Duration::from_secs(120);
+
+/// For the guest's kernel to set up some interfaces.
+const NETWORK_DEADLINE: Duration = Duration::from_secs(30);
 
 /// From the loss of the agent's connection to the end of its machine.
 const LOSS_DEADLINE: Duration = Duration::from_secs(5);

@@ -6,10 +6,11 @@ use std::{fs, io};
 use crate::process::kill_and_wait;
 use crate::state::{StateDir, is_name};
 use crate::vmm::KILL_DEADLINE;
-use crate::{CleanupError, cgroup, hooks, mounts};
+use crate::{CleanupError, cgroup, hooks, mounts, network};
 
-/// Removes everything that a sandbox may have left: kills its VMM, unmounts what is below its share,
-/// removes its cgroup, runs the poststop hooks of its containers, and removes its directory. Finds all of it from the name alone, whatever was killed at
+/// Removes everything that a sandbox may have left: kills its VMM, gives the network back, unmounts
+/// what is below its share, removes its cgroup, runs the poststop hooks of its containers, and removes
+/// its directory. Finds all of it from the name alone, whatever was killed at
 /// whatever moment, and can be repeated; nothing there is success. A process is killed only if it is
 /// the very one that was recorded, not one that has got its pid since.
 ///
@@ -103,6 +104,9 @@ pub(crate) fn remove_all(state: &StateDir) -> Result<(), CleanupError> {
                 deadline: KILL_DEADLINE,
             });
         }
+    }
+    if let Some(netns) = &record.netns {
+        network::detach(netns);
     }
     let unmounted = mounts::unmount_below(state.path())
         .map_err(|source| step("unmount what is below", state.path().to_owned(), source));

@@ -65,6 +65,15 @@ pub enum StartError {
     /// The pod's network namespace could not be made.
     #[error("cannot make a network namespace")]
     MakeNetns(#[source] io::Error),
+    /// The interfaces in it can't be given to the virtual machine.
+    #[error(transparent)]
+    Network(#[from] crate::NetworkError),
+    /// The guest refused the pod's network.
+    #[error("the guest can't have the pod's network: {text}")]
+    GuestNetwork {
+        /// The agent's words.
+        text: String,
+    },
     /// The VMM process could not be started.
     #[error("cannot start the VMM {path:?}: {step}")]
     Spawn {
@@ -169,6 +178,9 @@ pub enum ContainerError {
     /// A hook has failed.
     #[error(transparent)]
     Hook(#[from] crate::HookError),
+    /// The pod's network has changed, and the guest's can't follow.
+    #[error(transparent)]
+    Network(#[from] crate::NetworkError),
     /// A file of the container could not be made or removed on the host.
     #[error("cannot {operation} {path:?}")]
     State {
@@ -210,9 +222,11 @@ impl ContainerError {
             Self::Invalid { .. } | Self::Spec(_) => ErrorKind::InvalidArgument,
             Self::VmGone(_) => ErrorKind::Unavailable,
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
-            Self::Mount(_) | Self::Hook(_) | Self::State { .. } | Self::Vmm { .. } => {
-                ErrorKind::Internal
-            }
+            Self::Mount(_)
+            | Self::Hook(_)
+            | Self::Network(_)
+            | Self::State { .. }
+            | Self::Vmm { .. } => ErrorKind::Internal,
         }
     }
 }

@@ -25,6 +25,7 @@ mod hooks;
 mod mounts;
 mod namespaces;
 mod netns;
+mod network;
 mod pod;
 mod policy;
 mod process;
@@ -44,11 +45,13 @@ pub use error::{CleanupError, ContainerError, ErrorKind, StartError, VmEnd};
 pub use hooks::{HookError, HookName};
 pub use husk_vmm_control::monotonic_us;
 pub use mounts::MountError;
+pub use network::NetworkError;
 pub use oci_spec::runtime as oci;
 pub use pod::{PodRequest, Role};
 pub use sandbox::{GuestInfo, Sandbox, SandboxConfig};
 pub use settings::{
-    Install, InstallError, LogSettings, SETTINGS_PATH, Settings, SettingsError, VmSettings,
+    Install, InstallError, LogSettings, NetworkSettings, SETTINGS_PATH, Settings, SettingsError,
+    VmSettings,
 };
 pub use spec::SpecError;
 pub use spec_json::{parse_process, parse_spec};

@@ -10,19 +10,20 @@ use std::time::Duration;
 
 use husk_protocol::STREAM_PORT_MIN;
 use husk_protocol::messages::HelloResponse;
-use husk_vmm_control::{BootConfig, monotonic_us};
+use husk_vmm_control::{BootConfig, NetConfig, monotonic_us};
 use tokio::time::timeout;
 
 use crate::agent::Agent;
 use crate::container::Containers;
 use crate::error::{cap_text, describe};
 use crate::netns::Netns;
+use crate::network::Devices;
 use crate::process::Identity;
 use crate::state::{Record, StateDir};
 use crate::timings::StartTimings;
 use crate::vmm::{BootFiles, Spawned, Vmm};
 use crate::volumes::MemoryVolumes;
-use crate::{CleanupError, Install, StartError, VmEnd, cgroup, cleanup, clock};
+use crate::{CleanupError, Install, StartError, VmEnd, cgroup, cleanup, clock, network};
 
 /// What to start.
 #[derive(Debug, Clone)]
@@ -45,6 +46,9 @@ pub struct SandboxConfig {
     pub hostname: String,
     /// The pod's network namespace, in which the VMM is to live; none: a new, empty one.
     pub netns: Option<PathBuf>,
+    /// Network devices beyond those of the interfaces that are there now, for interfaces that come
+    /// later.
+    pub spare_net_devices: usize,
     /// A cgroup v2 directory below which the VMM's own is made; none: `/sys/fs/cgroup/husk`. Where
     /// the host has no cgroup v2, the VMM stays in the caller's cgroup.
     pub cgroup: Option<PathBuf>,
@@ -56,8 +60,9 @@ pub struct SandboxConfig {
 pub struct Sandbox {
     pub(crate) state: StateDir,
     pub(crate) vmm: Vmm,
-    /// The VMM lives in it. What is there when the containers' hooks have run is the pod's network.
+    /// The VMM lives in it, and the guest has its interfaces.
     pub(crate) netns: Netns,
+    pub(crate) network: tokio::sync::Mutex<Devices>,
     pub(crate) agent: Agent,
     /// The next port for a stream. Never counts back.
     pub(crate) ports: AtomicU32,
@@ -109,6 +114,7 @@ impl Sandbox {
             owner: own_identity(),
             vmm: None,
             cgroup: make_cgroup(config, state)?,
+            netns: config.netns.clone(),
         };
         state.write_record(&record)?;
         let files = BootFiles::open(config, state)?;
@@ -120,20 +126,38 @@ impl Sandbox {
         })?;
         let netns = make_netns(config).await?;
         timings.prepared_us = monotonic_us();
-        let spawned = Spawned::spawn(config, &netns, &files.vmm_log).await?;
+        let (spawned, attached) = tokio::join!(
+            Spawned::spawn(config, &netns, &files.vmm_log),
+            network::attach(&netns, Vec::new()),
+        );
+        let spawned = spawned?;
+        let (survey, attached) = match attached {
+            Ok(attached) => attached,
+            Err(error) => {
+                spawned.abandon().await;
+                return Err(error.into());
+            }
+        };
         timings.spawned_us = monotonic_us();
-        let boot = boot_config(config, state, record.cgroup.as_deref())?;
+        let (mut devices, net, taps) = Devices::of(attached, config.spare_net_devices);
+        let boot = boot_config(config, state, record.cgroup.as_deref(), net)?;
         let (vmm, boot_times) = spawned
-            .boot(boot, &files, theirs, |pid| {
+            .boot(boot, &files, theirs, &taps, |pid| {
                 record.vmm = Identity::of(pid).ok();
                 state.write_record(&record)
             })
             .await?;
         timings.set_boot(boot_times);
         timings.entered_us = monotonic_us();
+        // The VMM has its own: a tap ends with the last of its descriptors.
+        drop(taps);
 
-        let reached = Self::reach_agent(config, &vmm, ours).await;
-        let (agent, hello) = match reached {
+        let started = async {
+            let (agent, hello) = Self::reach_agent(config, &vmm, ours).await?;
+            devices.configure(&agent, &vmm, &survey).await?;
+            Ok::<_, StartError>((agent, hello))
+        };
+        let (agent, hello) = match started.await {
             Ok(reached) => reached,
             Err(error) => {
                 vmm.kill().await;
@@ -152,6 +176,7 @@ impl Sandbox {
             state: state.clone(),
             vmm,
             netns,
+            network: tokio::sync::Mutex::new(devices),
             agent,
             ports: AtomicU32::new(STREAM_PORT_MIN),
             containers: Mutex::default(),
@@ -321,6 +346,7 @@ fn boot_config(
     config: &SandboxConfig,
     state: &StateDir,
     cgroup: Option<&Path>,
+    net: Vec<NetConfig>,
 ) -> Result<BootConfig, StartError> {
     let text = |path: &Path| {
         path.to_str()
@@ -337,6 +363,7 @@ fn boot_config(
         cmdline_extra: config.cmdline_extra.clone(),
         shared_dir: text(&state.shared())?,
         cgroup_dir: cgroup.map(text).transpose()?.unwrap_or_default(),
+        net,
         share_cache_ms: SHARE_CACHE_MS,
     })
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
-use husk_vmm_control::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, VCPUS_MAX};
+use husk_vmm_control::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, NET_DEVICES_MAX, VCPUS_MAX};
 use serde::Deserialize;
 
 /// Where [`Settings::load`] looks.
@@ -17,6 +17,9 @@ pub const SETTINGS_PATH: &str = "/etc/husk/config.toml";
 /// memory_mib = 512
 /// kernel = "/usr/local/share/husk/vmlinux"
 ///
+/// [network]
+/// spare_interfaces = 2
+///
 /// [log]
 /// level = "debug"
 /// ```
@@ -25,6 +28,8 @@ pub const SETTINGS_PATH: &str = "/etc/husk/config.toml";
 pub struct Settings {
     /// The virtual machine.
     pub vm: VmSettings,
+    /// The pods' networks.
+    pub network: NetworkSettings,
     /// What is written to the log.
     pub log: LogSettings,
 }
@@ -47,6 +52,15 @@ pub struct VmSettings {
     pub vmm: Option<PathBuf>,
     /// Added to the guest kernel's command line.
     pub cmdline_extra: String,
+}
+
+/// Table `[network]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NetworkSettings {
+    /// Network devices of a pod whose interfaces are made by OCI hooks, once its virtual machine is
+    /// there: as many as such a pod can have.
+    pub spare_interfaces: u8,
 }
 
 /// Table `[log]`.
@@ -88,7 +102,7 @@ pub enum SettingsError {
         source: Box<toml::de::Error>,
     },
     /// A value is out of its range.
-    #[error("settings {path:?}: vm.{name} is {value}, and must be {least} to {most}")]
+    #[error("settings {path:?}: {name} is {value}, and must be {least} to {most}")]
     Range {
         /// The file.
         path: PathBuf,
@@ -124,6 +138,14 @@ impl Default for VmSettings {
             initrd: None,
             vmm: None,
             cmdline_extra: String::new(),
+        }
+    }
+}
+
+impl Default for NetworkSettings {
+    fn default() -> Self {
+        Self {
+            spare_interfaces: 1,
         }
     }
 }
@@ -181,10 +203,18 @@ impl Settings {
                 most,
             })
         };
-        in_range("vcpus", settings.vm.vcpus.into(), 1, VCPUS_MAX.into())?;
+        in_range("vm.vcpus", settings.vm.vcpus.into(), 1, VCPUS_MAX.into())?;
         let memory_mib = settings.vm.memory_mib;
-        in_range("memory_mib", memory_mib, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
-        in_range("overhead_mib", settings.vm.overhead_mib, 0, MEMORY_MIB_MAX)?;
+        in_range("vm.memory_mib", memory_mib, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
+        in_range(
+            "vm.overhead_mib",
+            settings.vm.overhead_mib,
+            0,
+            MEMORY_MIB_MAX,
+        )?;
+        let spare = settings.network.spare_interfaces.into();
+        let devices_max = u32::try_from(NET_DEVICES_MAX).unwrap_or(u32::MAX);
+        in_range("network.spare_interfaces", spare, 0, devices_max)?;
         Ok(settings)
     }
 }
@@ -256,6 +286,10 @@ mod tests {
             ("[vm]\nvcpus = 65\n", "vm.vcpus"),
             ("[vm]\nmemory_mib = 1\n", "vm.memory_mib"),
             ("[vm]\noverhead_mib = 99999999\n", "vm.overhead_mib"),
+            (
+                "[network]\nspare_interfaces = 9\n",
+                "network.spare_interfaces",
+            ),
         ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(message.contains(name), "{message}");

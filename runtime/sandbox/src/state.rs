@@ -44,6 +44,8 @@ pub(crate) struct Record {
     pub(crate) owner: Option<Identity>,
     pub(crate) vmm: Option<Identity>,
     pub(crate) cgroup: Option<PathBuf>,
+    /// Somebody else's network namespace, whose interfaces were redirected.
+    pub(crate) netns: Option<PathBuf>,
 }
 
 /// Whether a name can be that of a namespace, a pod or a container: as containerd allows it.

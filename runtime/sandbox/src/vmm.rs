@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 use std::{fs, io};
 
-use husk_vmm_control::{Answer, BootConfig, BootTimes, Call, Channel, ExitReason};
+use husk_vmm_control::{Answer, BootConfig, BootTimes, Call, Channel, ExitReason, PlugNet};
 use rustix::process::Pid;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -107,15 +107,17 @@ impl Spawned {
         boot: BootConfig,
         files: &BootFiles,
         agent: UnixStream,
+        taps: &[OwnedFd],
         launched: impl FnOnce(i32) -> Result<(), StartError>,
     ) -> Result<(Vmm, BootTimes), StartError> {
-        let descriptors: [BorrowedFd<'_>; 5] = [
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![
             files.kvm.as_fd(),
             files.kernel.as_fd(),
             files.initrd.as_fd(),
             files.console.as_fd(),
             agent.as_fd(),
         ];
+        descriptors.extend(taps.iter().map(AsFd::as_fd));
         let control = self.control.clone();
         let mut booted = Box::pin(control.call(Call::Boot(boot), &descriptors));
         let mut early = None;
@@ -159,6 +161,12 @@ impl Spawned {
                 Err(error)
             }
         }
+    }
+
+    /// Ends it before it was asked for a machine.
+    pub(crate) async fn abandon(self) {
+        self.first.kill();
+        self.first.wait().await;
     }
 
     /// Turns a VMM process with its jailed process into one that is watched.
@@ -228,6 +236,20 @@ impl Vmm {
     ) -> Result<StreamEnd, String> {
         match timeout(CALL_DEADLINE, self.control.connect(port, source, sink)).await {
             Ok(Ok(end)) => Ok(end),
+            Ok(Err(error)) => Err(cap_text(&describe(&error))),
+            Err(_) => Err(format!("no answer within {CALL_DEADLINE:?}")),
+        }
+    }
+
+    /// Plugs a tap into a network device, or pulls it out. The error is a sentence for people.
+    pub(crate) async fn plug_net(&self, device: usize, tap: Option<OwnedFd>) -> Result<(), String> {
+        let call = Call::PlugNet(PlugNet {
+            device,
+            tap: tap.is_some(),
+        });
+        let descriptors: Vec<_> = tap.iter().map(AsFd::as_fd).collect();
+        match timeout(CALL_DEADLINE, self.control.call(call, &descriptors)).await {
+            Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(cap_text(&describe(&error))),
             Err(_) => Err(format!("no answer within {CALL_DEADLINE:?}")),
         }

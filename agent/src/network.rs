@@ -1,0 +1,424 @@
+//! The pod's network: what the host has read in the pod's network namespace, set here.
+//!
+//! The guest has a network device for each interface of that namespace. Everything about an interface
+//! is set as it is there, down to the routes that the kernel would make by itself, so that none is
+//! there too many. What containers change themselves is left alone: a later call changes only what
+//! an earlier one has made.
+
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
+
+use husk_netlink::{Address, Connection, ETHERNET, Hop, Link, LinkChange, Mac, Neighbour, Route};
+use husk_protocol::messages as m;
+use rustix::io::Errno;
+
+/// The interface that every guest has.
+const LOOPBACK_NAME: &str = "lo";
+
+/// Why the network is not as it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// The request makes no sense.
+    #[error("the network is not one: {0}")]
+    Invalid(String),
+    /// The kernel refused something.
+    #[error("cannot {what}")]
+    Step {
+        /// The step, and what it was about.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// What was set, to be able to change it.
+#[derive(Debug, Default)]
+pub struct Network {
+    /// The machine's network devices, in their order, by the index of their interfaces.
+    devices: Option<Vec<u32>>,
+    set: Wanted,
+}
+
+/// A request, understood.
+#[derive(Debug, Default)]
+struct Wanted {
+    links: Vec<WantedLink>,
+    addresses: Vec<Address>,
+    routes: Vec<Route>,
+    neighbours: Vec<Neighbour>,
+}
+
+#[derive(Debug)]
+struct WantedLink {
+    index: u32,
+    name: String,
+    mac: Mac,
+    mtu: u32,
+    is_up: bool,
+}
+
+impl Network {
+    /// Makes the network look as said.
+    pub fn configure(&mut self, request: &m::ConfigureNetworkRequest) -> Result<(), NetworkError> {
+        let mut connection =
+            Connection::open().map_err(step(|| "open a netlink socket".to_owned()))?;
+        let links = list(&mut connection)?;
+        let devices = self.devices.get_or_insert_with(|| devices_of(&links));
+        let lo = links.iter().find(|link| link.name == LOOPBACK_NAME);
+        let wanted = Wanted::parse(request, devices, lo.map(|lo| lo.index))?;
+        self.remove_old(&mut connection, &wanted);
+        let set = self.add_new(&mut connection, &links, &wanted);
+        // What was set of a request that failed is not told apart: it may be set again.
+        self.set = wanted;
+        set
+    }
+
+    /// Removes what was set and is not wanted any more. What is gone already is as good.
+    fn remove_old(&mut self, connection: &mut Connection, wanted: &Wanted) {
+        for neighbour in old(&self.set.neighbours, &wanted.neighbours) {
+            let _ = connection.remove_neighbour(neighbour);
+        }
+        for route in old(&self.set.routes, &wanted.routes) {
+            let _ = connection.remove_route(route);
+        }
+        for address in old(&self.set.addresses, &wanted.addresses) {
+            let _ = connection.remove_address(address);
+        }
+        for link in &self.set.links {
+            let is_wanted = wanted.links.iter().any(|wanted| wanted.index == link.index);
+            if !is_wanted {
+                let _ = connection.change_link(link.index, &down());
+            }
+        }
+    }
+
+    fn add_new(
+        &self,
+        connection: &mut Connection,
+        links: &[Link],
+        wanted: &Wanted,
+    ) -> Result<(), NetworkError> {
+        free_names(connection, links, wanted)?;
+        for link in &wanted.links {
+            change(connection, links, link)?;
+        }
+        for address in old(&wanted.addresses, &self.set.addresses) {
+            connection.add_address(address).map_err(step(|| {
+                let (address, length) = (address.address, address.prefix_length);
+                format!("add the address {address}/{length}")
+            }))?;
+        }
+        for link in &wanted.links {
+            let change = LinkChange {
+                is_up: Some(link.is_up),
+                ..LinkChange::default()
+            };
+            connection
+                .change_link(link.index, &change)
+                .map_err(step(|| format!("bring {} up", link.name)))?;
+        }
+        // The way to a router must be there before a route that leads to the router.
+        let (through, direct): (Vec<_>, Vec<_>) = old(&wanted.routes, &self.set.routes)
+            .partition(|route| route.hops.iter().any(|hop| hop.gateway.is_some()));
+        for route in direct.into_iter().chain(through) {
+            match connection.add_route(route) {
+                Err(error) if error.raw_os_error() == Some(Errno::EXIST.raw_os_error()) => {}
+                added => added.map_err(step(|| {
+                    let (destination, length) = (route.destination, route.prefix_length);
+                    format!("add the route to {destination}/{length}")
+                }))?,
+            }
+        }
+        for neighbour in old(&wanted.neighbours, &self.set.neighbours) {
+            connection
+                .add_neighbour(neighbour)
+                .map_err(step(|| format!("add the neighbour {}", neighbour.address)))?;
+        }
+        Ok(())
+    }
+}
+
+/// Those of `all` that are not among `others`.
+fn old<'a, T: PartialEq>(all: &'a [T], others: &'a [T]) -> impl Iterator<Item = &'a T> {
+    all.iter().filter(|one| !others.contains(one))
+}
+
+fn list(connection: &mut Connection) -> Result<Vec<Link>, NetworkError> {
+    let links = connection.links();
+    links.map_err(step(|| "list the interfaces".to_owned()))
+}
+
+/// The interfaces that belong to devices of the machine, in the order of the devices, which is the one
+/// in which the kernel has found them. Containers may have made others, but none has run yet.
+fn devices_of(links: &[Link]) -> Vec<u32> {
+    let is_device = |link: &&Link| {
+        let device = Path::new("/sys/class/net").join(&link.name).join("device");
+        link.hardware == ETHERNET && device.exists()
+    };
+    let mut devices: Vec<_> = links
+        .iter()
+        .filter(is_device)
+        .map(|link| link.index)
+        .collect();
+    devices.sort_unstable();
+    devices
+}
+
+/// Gives the interfaces that are to be renamed names that none of them is to have.
+fn free_names(
+    connection: &mut Connection,
+    links: &[Link],
+    wanted: &Wanted,
+) -> Result<(), NetworkError> {
+    for link in links {
+        let is_taken = |wanted: &WantedLink| wanted.name == link.name && wanted.index != link.index;
+        if wanted.links.iter().any(is_taken) {
+            let name = format!("husk{}", link.index);
+            let change = LinkChange {
+                name: Some(&name),
+                ..LinkChange::default()
+            };
+            connection
+                .change_link(link.index, &change)
+                .map_err(step(|| format!("rename {} to {name}", link.name)))?;
+        }
+    }
+    Ok(())
+}
+
+/// Sets all of an interface but its addresses and whether it is up.
+fn change(
+    connection: &mut Connection,
+    links: &[Link],
+    wanted: &WantedLink,
+) -> Result<(), NetworkError> {
+    let now = links.iter().find(|link| link.index == wanted.index);
+    let change = LinkChange {
+        // It may have been renamed just now.
+        name: Some(&wanted.name),
+        mac: (now.and_then(|link| link.mac) != Some(wanted.mac)).then_some(wanted.mac),
+        mtu: (now.map(|link| link.mtu) != Some(wanted.mtu)).then_some(wanted.mtu),
+        is_up: None,
+        // It gets the one of the pod's namespace, if there is one.
+        has_no_link_local: true,
+    };
+    let changed = connection.change_link(wanted.index, &change);
+    changed.map_err(step(|| {
+        let WantedLink { name, mtu, .. } = wanted;
+        format!("set up the interface {name} with an MTU of {mtu}")
+    }))
+}
+
+fn down() -> LinkChange<'static> {
+    LinkChange {
+        is_up: Some(false),
+        ..LinkChange::default()
+    }
+}
+
+fn step(what: impl FnOnce() -> String) -> impl FnOnce(io::Error) -> NetworkError {
+    move |source| NetworkError::Step {
+        what: what(),
+        source,
+    }
+}
+
+impl Wanted {
+    fn parse(
+        request: &m::ConfigureNetworkRequest,
+        devices: &[u32],
+        lo: Option<u32>,
+    ) -> Result<Self, NetworkError> {
+        let mut wanted = Self::default();
+        for interface in &request.interfaces {
+            let link = WantedLink::parse(interface, devices)?;
+            for address in &interface.addresses {
+                wanted.addresses.push(address_of(address, link.index)?);
+            }
+            wanted.links.push(link);
+        }
+        let index_of = |name: &str| {
+            let named = wanted.links.iter().find(|link| link.name == name);
+            let index = named.map(|link| link.index);
+            index
+                .or(lo.filter(|_| name == LOOPBACK_NAME))
+                .ok_or_else(|| invalid(format!("there is no interface {name:?}")))
+        };
+        for route in &request.routes {
+            wanted.routes.push(route_of(route, index_of)?);
+        }
+        for neighbour in &request.neighbours {
+            wanted.neighbours.push(Neighbour {
+                link: index_of(&neighbour.interface)?,
+                address: required_ip(&neighbour.address)?,
+                mac: mac_of(&neighbour.mac)?,
+            });
+        }
+        Ok(wanted)
+    }
+}
+
+impl WantedLink {
+    fn parse(interface: &m::Interface, devices: &[u32]) -> Result<Self, NetworkError> {
+        let number = interface.device;
+        let device = usize::try_from(number).ok();
+        let index = device.and_then(|device| devices.get(device));
+        let name = &interface.name;
+        Ok(Self {
+            index: *index.ok_or_else(|| {
+                let count = devices.len();
+                invalid(format!("{name:?} is to be device {number} of {count}"))
+            })?,
+            name: name.clone(),
+            mac: mac_of(&interface.mac)?,
+            mtu: interface.mtu,
+            is_up: interface.up,
+        })
+    }
+}
+
+fn address_of(address: &m::InterfaceAddress, link: u32) -> Result<Address, NetworkError> {
+    Ok(Address {
+        link,
+        address: required_ip(&address.address)?,
+        prefix_length: byte(address.prefix_length)?,
+        peer: ip(&address.peer)?,
+        broadcast: match ip(&address.broadcast)? {
+            Some(IpAddr::V4(broadcast)) => Some(broadcast),
+            _ => None,
+        },
+        scope: byte(address.scope)?,
+        is_permanent: true,
+    })
+}
+
+fn route_of(
+    route: &m::Route,
+    index_of: impl Fn(&str) -> Result<u32, NetworkError>,
+) -> Result<Route, NetworkError> {
+    let hop = |hop: &m::Hop| {
+        Ok(Hop {
+            link: index_of(&hop.interface)?,
+            gateway: ip(&hop.gateway)?,
+            is_on_link: hop.on_link,
+            weight: byte(hop.weight)?,
+        })
+    };
+    let metric = |metric: &m::RouteMetric| match u16::try_from(metric.kind) {
+        Ok(kind) => Ok((kind, metric.value)),
+        Err(_) => Err(invalid(format!("{} is no metric", metric.kind))),
+    };
+    Ok(Route {
+        destination: required_ip(&route.destination)?,
+        prefix_length: byte(route.prefix_length)?,
+        table: route.table,
+        protocol: byte(route.protocol)?,
+        scope: byte(route.scope)?,
+        kind: byte(route.kind)?,
+        tos: byte(route.tos)?,
+        metric: route.metric,
+        source: ip(&route.source)?,
+        metrics: route.metrics.iter().map(metric).collect::<Result<_, _>>()?,
+        hops: route.hops.iter().map(hop).collect::<Result<_, _>>()?,
+    })
+}
+
+fn required_ip(bytes: &[u8]) -> Result<IpAddr, NetworkError> {
+    ip(bytes)?.ok_or_else(|| invalid("an address is missing".to_owned()))
+}
+
+fn ip(bytes: &[u8]) -> Result<Option<IpAddr>, NetworkError> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    let v6 = <[u8; 16]>::try_from(bytes).map(IpAddr::from);
+    v4.or(v6)
+        .map(Some)
+        .map_err(|_| invalid(format!("an address has {} bytes", bytes.len())))
+}
+
+fn mac_of(bytes: &[u8]) -> Result<Mac, NetworkError> {
+    bytes
+        .try_into()
+        .map_err(|_| invalid(format!("an Ethernet address has {} bytes", bytes.len())))
+}
+
+fn byte(number: u32) -> Result<u8, NetworkError> {
+    u8::try_from(number).map_err(|_| invalid(format!("{number} is more than 255")))
+}
+
+fn invalid(what: String) -> NetworkError {
+    NetworkError::Invalid(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface() -> m::Interface {
+        m::Interface {
+            device: 1,
+            name: "eth0".to_owned(),
+            mac: vec![2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            up: true,
+            ..m::Interface::default()
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut m::ConfigureNetworkRequest)) -> String {
+        let mut request = m::ConfigureNetworkRequest {
+            interfaces: vec![interface()],
+            ..m::ConfigureNetworkRequest::default()
+        };
+        change(&mut request);
+        Wanted::parse(&request, &[7, 9], Some(1))
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_by_name() {
+        let address = |address: Vec<u8>, prefix_length| m::InterfaceAddress {
+            address,
+            prefix_length,
+            ..m::InterfaceAddress::default()
+        };
+        let route = |interface: &str| m::Route {
+            destination: vec![0; 4],
+            hops: vec![m::Hop {
+                interface: interface.to_owned(),
+                ..m::Hop::default()
+            }],
+            ..m::Route::default()
+        };
+        assert!(refusal(|r| r.interfaces[0].device = 2).contains("device 2 of 2"));
+        assert!(refusal(|r| r.interfaces[0].mac = vec![0; 7]).contains("7 bytes"));
+        let bad = |address| refusal(|r| r.interfaces[0].addresses.push(address));
+        assert!(bad(address(vec![], 8)).contains("missing"));
+        assert!(bad(address(vec![1; 5], 8)).contains("5 bytes"));
+        assert!(bad(address(vec![1; 4], 300)).contains("300"));
+        assert!(refusal(|r| r.routes.push(route("eth9"))).contains("eth9"));
+    }
+
+    #[test]
+    fn interfaces_are_found_by_their_device() {
+        let mut request = m::ConfigureNetworkRequest::default();
+        request.interfaces.push(interface());
+        for name in ["eth0", "lo"] {
+            request.neighbours.push(m::Neighbour {
+                interface: name.to_owned(),
+                address: vec![10, 0, 0, 1],
+                mac: vec![0; 6],
+                ..m::Neighbour::default()
+            });
+        }
+
+        let wanted = Wanted::parse(&request, &[7, 9], Some(1)).unwrap();
+
+        let links: Vec<_> = wanted.neighbours.iter().map(|one| one.link).collect();
+        assert_eq!((wanted.links[0].index, links), (9, vec![9, 1]));
+    }
+}
