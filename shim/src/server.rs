@@ -134,7 +134,7 @@ impl PodMaker for Maker {
             cmdline_extra: settings.vm.cmdline_extra,
             hostname: first.spec.hostname().clone().unwrap_or_default(),
             netns: netns(&first.spec),
-            spare_net_devices: match makes_interfaces_later(&first.spec) {
+            spare_net_devices: match self.gets_interfaces_later(&first.spec) {
                 true => settings.network.spare_interfaces.into(),
                 false => 0,
             },
@@ -171,18 +171,24 @@ fn netns(spec: &oci::Spec) -> Option<PathBuf> {
 /// No moment, but the mark that the pod's start was told.
 const TOLD: u64 = u64::MAX;
 
-/// Whether hooks run before the container starts, which make interfaces where there is no namespace
-/// with some in it (Docker, nerdctl).
-fn makes_interfaces_later(spec: &oci::Spec) -> bool {
-    let Some(hooks) = spec.hooks() else {
-        return false;
-    };
-    let lists = [
-        hooks.prestart(),
-        hooks.create_runtime(),
-        hooks.create_container(),
-    ];
-    lists.into_iter().flatten().any(|list| !list.is_empty())
+/// Docker's namespace in containerd.
+const DOCKER: &str = "moby";
+
+impl Maker {
+    /// Whether somebody puts interfaces into the pod's network namespace once there is one: hooks that
+    /// run before the container starts (nerdctl), or Docker, which does so before it starts it.
+    fn gets_interfaces_later(&self, spec: &oci::Spec) -> bool {
+        let makes = |hooks: &oci::Hooks| {
+            let lists = [
+                hooks.prestart(),
+                hooks.create_runtime(),
+                hooks.create_container(),
+            ];
+            lists.into_iter().flatten().any(|list| !list.is_empty())
+        };
+        netns(spec).is_none()
+            && (self.namespace == DOCKER || spec.hooks().as_ref().is_some_and(makes))
+    }
 }
 
 struct SandboxPod {

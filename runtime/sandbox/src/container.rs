@@ -113,7 +113,6 @@ impl Sandbox {
             rootfs,
             io,
         } = request;
-        let has_hooks = spec.hooks().is_some();
         let hooks = Lifecycle::of(&spec, &id, &bundle)?;
         let mut guest = guest_spec(spec, &id, self.vmm_pid(), &mut self.memory_volumes())?;
         self.join_pod(&mut guest).await?;
@@ -131,10 +130,8 @@ impl Sandbox {
         let created = async {
             self.prepare_on_host(&files, &bundle, guest, rootfs, &hooks)
                 .await?;
-            if has_hooks {
-                // They have left the pod's network namespace as it is to be.
-                self.follow_network().await?;
-            }
+            // The hooks have left the pod's network namespace as it is to be.
+            self.follow_network().await?;
             let made = messages::CreateContainerRequest {
                 container_id: id.clone(),
                 spec_json,

@@ -29,6 +29,10 @@ impl Sandbox {
         if let Some(pause) = self.pod_pause(container) {
             return pause.start().map(|()| 0);
         }
+        if exec_id == INIT {
+            // Docker moves interfaces in between a container's creation and its start.
+            self.follow_network().await?;
+        }
         let mut request = messages::StartProcessRequest::new();
         container.clone_into(&mut request.container_id);
         exec_id.clone_into(&mut request.exec_id);

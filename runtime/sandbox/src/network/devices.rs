@@ -16,6 +16,8 @@ use crate::{ContainerError, Sandbox, StartError};
 #[derive(Debug)]
 pub(crate) struct Devices {
     links: Vec<Option<u32>>,
+    /// Interfaces may still come.
+    has_spare: bool,
     /// What the guest was last told.
     told: m::ConfigureNetworkRequest,
 }
@@ -36,7 +38,12 @@ impl Devices {
         net.extend(vec![NetConfig { mac: None }; spare]);
         let taps = attached.into_iter().map(|one| one.tap).collect();
         let told = m::ConfigureNetworkRequest::new();
-        (Self { links, told }, net, taps)
+        let devices = Self {
+            links,
+            has_spare: spare > 0,
+            told,
+        };
+        (devices, net, taps)
     }
 
     fn device_of(&self, link: u32) -> Option<usize> {
@@ -110,13 +117,13 @@ impl Devices {
 }
 
 impl Sandbox {
-    /// Makes the guest's network what the pod's network namespace has now.
+    /// Makes the guest's network what the pod's network namespace has now, if interfaces may have come.
     ///
     /// # Errors
     /// [`ContainerError`]; what could follow has followed.
     pub(crate) async fn follow_network(&self) -> Result<(), ContainerError> {
         let mut devices = self.network.lock().await;
-        if devices.links.is_empty() {
+        if !devices.has_spare {
             return Ok(());
         }
         let known = devices.links.iter().copied().flatten().collect();
