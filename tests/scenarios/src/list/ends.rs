@@ -47,7 +47,8 @@ exec $1 dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$from count=$((to - from)) c
 END
     echo 1 > /proc/sys/kernel/core_pipe_limit
     echo '|/proc/%P/root/busybox sh /proc/%P/root/k /proc/%P/root/busybox' > /proc/sys/kernel/core_pattern
-    sh -c 'kill -SEGV $$'"#;
+    sh -c 'kill -SEGV $$'
+    exit 3"#;
 
 pub(super) fn guest_panic(ctr: &Ctr) -> Result<()> {
     end_of_guest(ctr, PANIC, "panic_on_oom")
