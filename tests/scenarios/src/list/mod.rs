@@ -9,8 +9,10 @@ mod files;
 mod limits;
 mod network;
 mod pods;
+mod spec_limits;
 mod spec_mounts;
 mod spec_process;
+mod spec_seccomp;
 mod stdio;
 mod task_api;
 mod tasks;
@@ -109,6 +111,17 @@ pub(crate) const ALL: &[Scenario] = &[
     husk("guest_out_of_memory", |ctr| ends::guest_out_of_memory(ctr)),
     husk("guest_panic", |ctr| ends::guest_panic(ctr)),
     husk("agent_killed", |ctr| ends::agent_killed(ctr)).full(),
+    both("spec_limits", |ctr| spec_limits::spec_limits(ctr)),
+    both("spec_limits_refused", |ctr| {
+        spec_limits::spec_limits_refused(ctr)
+    }),
+    both("spec_sysctl", |ctr| spec_limits::spec_sysctl(ctr)),
+    husk("spec_refusals", |ctr| spec_limits::spec_refusals(ctr)),
+    both("spec_seccomp", |ctr| spec_seccomp::spec_seccomp(ctr)),
+    both("spec_seccomp_refused", |ctr| {
+        spec_seccomp::spec_seccomp_refused(ctr)
+    }),
+    both("default_seccomp", |ctr| spec_seccomp::default_seccomp(ctr)),
     both("what_a_container_sees", |ctr| {
         limits::what_a_container_sees(ctr)
     }),
