@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod ctr;
+mod docker;
 mod events;
 mod fifo;
 mod host;

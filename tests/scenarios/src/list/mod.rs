@@ -2,10 +2,12 @@
 
 mod basics;
 mod clock;
+mod docker;
 mod embedded;
 mod ends;
 mod faults;
 mod files;
+mod hooks;
 mod limits;
 mod network;
 mod pods;
@@ -148,6 +150,17 @@ pub(crate) const ALL: &[Scenario] = &[
     both("debian_work", files::debian_work),
     both("debian_tree", files::debian_tree),
     both("debian_big_tree", files::debian_big_tree).full(),
+    both("hooks_each_in_its_place", |ctr| {
+        hooks::each_in_its_place(ctr)
+    }),
+    both("hooks_failing", |ctr| hooks::failing(ctr)),
+    husk("hooks_failing_late", |ctr| hooks::failing_late(ctr)),
+    both("hooks_after_a_killed_shim", |ctr| {
+        hooks::poststop_after_a_killed_shim(ctr)
+    }),
+    both("network_by_hooks", |ctr| hooks::network_by_hooks(ctr)),
+    both("docker_containers", |ctr| docker::containers(ctr)),
+    both("docker_long_lived", |ctr| docker::long_lived(ctr)),
     both("shim_killed_while_running", |ctr| {
         faults::shim_killed_while_running(ctr)
     })
