@@ -145,7 +145,8 @@ pub(crate) fn detach(path: &Path) {
             return;
         };
         let links = connection.links().unwrap_or_default();
-        for link in links.iter().filter(|link| link.hardware == ETHERNET) {
+        // A tap's own redirection ends with the tap.
+        for link in links.iter().filter(|link| !is_tap(link)) {
             // The path may be that of another namespace by now, where somebody lives.
             let tap = tap_name(link.index);
             if links.iter().all(|other| other.name != tap) {
@@ -258,8 +259,7 @@ impl Survey {
 fn usable(links: Vec<Link>) -> Result<Vec<Link>, NetworkError> {
     let mut usable = Vec::new();
     for link in links {
-        let is_ours = link.name.strip_prefix(TAP_PREFIX).is_some_and(is_number);
-        if link.hardware == LOOPBACK || link.has_master || is_ours {
+        if link.hardware == LOOPBACK || link.has_master || is_tap(&link) {
             continue;
         }
         match link.mac {
@@ -279,8 +279,10 @@ fn usable(links: Vec<Link>) -> Result<Vec<Link>, NetworkError> {
     Ok(usable)
 }
 
-fn is_number(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+/// Whether it is a tap of some virtual machine.
+fn is_tap(link: &Link) -> bool {
+    let number = link.name.strip_prefix(TAP_PREFIX).unwrap_or_default();
+    !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// Whether a route is one for the guest, and makes it one.
