@@ -193,20 +193,17 @@ pub(crate) const ALL: &[Scenario] = &[
     husk("pods_machine_size", |ctr| pods::machine_size(ctr)),
     husk("pods_of_the_host", |ctr| pods::of_the_host(ctr)),
     husk("pods_killed", |ctr| pods::killed(ctr)),
-    both("bridge_of_two_pods", |ctr| network::bridge_of_two_pods(ctr)).full(),
+    both("bridge_of_two_pods", |ctr| network::bridge_of_two_pods(ctr)),
     both("ipv6_only", |ctr| network::ipv6_only(ctr)),
     both("namespace_that_is_not_there", |ctr| {
         network::namespace_that_is_not_there(ctr)
-    })
-    .full(),
+    }),
     husk("file_that_is_no_namespace", |ctr| {
         network::file_that_is_no_namespace(ctr)
-    })
-    .full(),
+    }),
     husk("namespace_is_used_by_one_pod_at_a_time", |ctr| {
         network::namespace_is_used_by_one_pod_at_a_time(ctr)
-    })
-    .full(),
+    }),
     husk("without_containerd", |ctr| {
         embedded::without_containerd(ctr)
     }),
