@@ -198,7 +198,12 @@ pub(crate) fn last_warnings() -> Vec<String> {
 pub(crate) fn containerd() -> Result<Process> {
     let mut all = Process::all()?;
     // One that was killed stays a zombie, without arguments, until its parent asks.
-    all.retain(|process| process.is("containerd") && process.has_argument("containerd"));
+    // The one of pods' scenarios has a configuration of its own, and so has Docker's.
+    all.retain(|process| {
+        process.is("containerd")
+            && process.has_argument("containerd")
+            && !process.has_argument("--config")
+    });
     match <[Process; 1]>::try_from(all) {
         Ok([containerd]) => Ok(containerd),
         Err(all) => bail!("{} processes are containerd, not one", all.len()),
