@@ -257,6 +257,8 @@ impl HostMount {
             .current_dir(directory)
             .args(arguments)
             .arg(path)
+            // The newer calls take no option that is longer than 255 bytes.
+            .env("LIBMOUNT_FORCE_MOUNT2", "always")
             .status()
             .context("cannot run mount")?;
         ensure!(status.success(), "cannot mount {arguments:?} at {path:?}");

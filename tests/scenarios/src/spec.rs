@@ -34,9 +34,14 @@ pub(crate) struct Bundle<'a> {
 impl<'a> Bundle<'a> {
     /// The usual spec, on a busybox of its own.
     pub(crate) fn new(ctr: &'a Ctr) -> Result<Self> {
+        Self::at(ctr, Path::new(PLACE))
+    }
+
+    /// The same in a directory of the scenario's choice.
+    pub(crate) fn at(ctr: &'a Ctr, place: &Path) -> Result<Self> {
         let text = ctr.ctr(&["oci", "spec"])?.success()?;
         let spec = serde_json::from_str(&text).context("ctr oci spec gives no JSON")?;
-        let place = Path::new(PLACE).join(&ctr.id);
+        let place = place.join(&ctr.id);
         // What an earlier run has left.
         let _ = fs::remove_dir_all(&place);
         let mut bundle = Self { ctr, spec, place };

@@ -14,6 +14,7 @@ mod pods;
 mod spec_limits;
 mod spec_mounts;
 mod spec_process;
+mod spec_roots;
 mod spec_seccomp;
 mod stdio;
 mod task_api;
@@ -95,7 +96,7 @@ pub(crate) const ALL: &[Scenario] = &[
     both("streams_apart", |ctr| basics::streams_apart(ctr)).core(),
     both("stdin_to_its_end", |ctr| basics::stdin_to_its_end(ctr)).core(),
     both("much_output", |ctr| basics::much_output(ctr)),
-    both("environment", |ctr| basics::environment(ctr)).core(),
+    both("environment", |ctr| basics::environment(ctr)),
     both("terminal", |ctr| basics::terminal(ctr)).core(),
     both("exec_kill_ps_rm", |ctr| basics::exec_kill_ps_rm(ctr)).core(),
     both("figures_processes_and_pause", |ctr| {
@@ -136,6 +137,14 @@ pub(crate) const ALL: &[Scenario] = &[
         spec_process::process_of_few_words(ctr)
     }),
     both("exec_as_another", |ctr| spec_process::exec_as_another(ctr)),
+    husk("process_of_the_newest_spec", |ctr| {
+        spec_process::process_of_the_newest_spec(ctr)
+    }),
+    both("roots_anywhere", |ctr| spec_roots::roots_anywhere(ctr)),
+    both("user_namespace", |ctr| spec_roots::user_namespace(ctr)),
+    both("volume_follows_mounts", |ctr| {
+        spec_roots::volume_follows_mounts(ctr)
+    }),
     husk("process_that_can_not_be", |ctr| {
         spec_process::process_that_can_not_be(ctr)
     }),
@@ -184,8 +193,7 @@ pub(crate) const ALL: &[Scenario] = &[
     }),
     husk("containerd_killed_while_starting", |ctr| {
         faults::containerd_killed_while_starting(ctr)
-    })
-    .core(),
+    }),
     both("pods_two_containers", |ctr| pods::two_containers(ctr)).full(),
     both("pods_shared_processes", |ctr| pods::shared_processes(ctr)).full(),
     both("pods_streams", |ctr| pods::streams(ctr)),

@@ -118,36 +118,6 @@ pub(super) fn user_namespace(ctr: &Ctr) -> Result<()> {
     Ok(())
 }
 
-/// A volume whose owners are others in the container. Debian's runc can't.
-pub(super) fn mapped_volume(ctr: &Ctr) -> Result<()> {
-    let mut bundle = Bundle::new(ctr)?;
-    let source = bundle.directory("source")?;
-    fs::write(source.join("file"), "text\n")?;
-    let map = json!([{ "containerID": 0, "hostID": 5000, "size": 10 }]);
-    bundle.mount(
-        json!({ "destination": "/mapped", "type": "bind", "source": source,
-        "options": ["rbind", "ridmap"], "uidMappings": map, "gidMappings": map }),
-    )?;
-    bundle.spec["process"]["user"] = json!({ "uid": 5000, "gid": 5000 });
-    bundle.check(&[
-        ("owner", "stat -c %u:%g /mapped/file", "5000:5000"),
-        (
-            "writing",
-            "echo more >> /mapped/file; mkdir /mapped/made; stat -c %u:%g /mapped/made; \
-             mv /mapped/made /mapped/moved && cat /mapped/file",
-            "5000:5000\ntext\nmore",
-        ),
-        (
-            "elsewhere",
-            "touch /etc/x",
-            "touch: /etc/x: Permission denied",
-        ),
-    ])?;
-    let owner = fs::metadata(source.join("moved"))?.uid();
-    ensure!(owner == 0, "outside, the directory is of user {owner}");
-    Ok(())
-}
-
 /// What is mounted on the host later appears in a volume that follows, and not in another.
 pub(super) fn volume_follows_mounts(ctr: &Ctr) -> Result<()> {
     let mut bundle = Bundle::new(ctr)?;
