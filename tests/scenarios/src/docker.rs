@@ -169,6 +169,8 @@ impl Docker {
             .args(["link", "delete", "docker0"])
             .stderr(Stdio::null())
             .status()?;
+        // What it leaves would drop the frames of bridges that are not Docker's.
+        let _ = Command::new("nft").args(["flush", "ruleset"]).status()?;
         for directory in [DATA, RUN] {
             remove_directory(Path::new(directory))?;
         }

@@ -407,7 +407,9 @@ fn talks_to_all(a: &Pod<'_>, b: &Pod<'_>, netns: [&Netns; 2], blob: &Blob) -> Re
         address(netns[0], "eth0", "-6")?,
     );
     for server in [format!("{v4}"), format!("[{v6}]")] {
-        let script = format!("wget -q -T 60 -O - http://{server}/blob | sha256sum");
+        // In a file first, so that a failure of wget's is one of the script.
+        let script =
+            format!("wget -q -T 120 -O /got http://{server}/blob && sha256sum < /got && rm /got");
         let seen = b.sh(&script)?;
         ensure!(
             seen == blob.sum,

@@ -18,6 +18,9 @@ use Code::{ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND, OK,
 /// How much longer than an exec that works one of a missing command may take.
 const MISSING_COMMAND_FACTOR: u32 = 2;
 
+/// And so much longer on a machine that does something else meanwhile.
+const MISSING_COMMAND_SLACK: Duration = Duration::from_secs(10);
+
 /// For a shim to end after it has answered Shutdown.
 const END_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -298,7 +301,7 @@ pub(super) fn codes(ctr: &Ctr) -> Result<()> {
     let status = granted(shim.wait(""))?.exit_status();
     note(check(ctr, &shim, "stopped", STOPPED));
     ensure!(status == 137, "it ended with {status}");
-    note(ends(&shim));
+    note(ends(ctr, &shim));
     ensure!(wrong.is_empty(), "{}", wrong.join("\n        "));
     ctr.bury();
     Ok(())
@@ -330,7 +333,7 @@ fn missing_command(shim: &Shim) -> Result<()> {
         "not named: {refused:?}"
     );
     ensure!(
-        missing <= there * MISSING_COMMAND_FACTOR,
+        missing <= there * MISSING_COMMAND_FACTOR + MISSING_COMMAND_SLACK,
         "it took {missing:?}, and {there:?} for a command that is there"
     );
     granted(shim.wait("missing"))?;
@@ -339,7 +342,7 @@ fn missing_command(shim: &Shim) -> Result<()> {
 }
 
 /// Who deletes or shuts down second is told so, once the first is done.
-fn ends(shim: &Shim) -> Result<()> {
+fn ends(ctr: &Ctr, shim: &Shim) -> Result<()> {
     let other = shim.clone();
     let second = thread::spawn(move || other.delete(""));
     let first = shim.delete("")?;
@@ -368,9 +371,13 @@ fn ends(shim: &Shim) -> Result<()> {
     let pid = i32::try_from(connected.shim_pid())?;
     let other = shim.clone();
     let second = thread::spawn(move || other.shutdown(false));
-    granted(shim.shutdown(false))?;
-    // The other one may find the shim gone.
-    let _ = second.join();
+    // One of them may find the shim gone; runc's of containerd 1.6 goes without an answer.
+    let answers = [Ok(shim.shutdown(false)), second.join()];
+    let is_granted = answers.iter().flatten().any(|it| matches!(it, Ok(Ok(_))));
+    ensure!(
+        is_granted || !ctr.is_husk(),
+        "no Shutdown was granted: {answers:?}"
+    );
     let mut shims = crate::host::Process::all()?;
     shims.retain(|process| process.pid == pid);
     for process in shims {
