@@ -194,8 +194,8 @@ pub(crate) const ALL: &[Scenario] = &[
     husk("containerd_killed_while_starting", |ctr| {
         faults::containerd_killed_while_starting(ctr)
     }),
-    both("pods_two_containers", |ctr| pods::two_containers(ctr)).full(),
-    both("pods_shared_processes", |ctr| pods::shared_processes(ctr)).full(),
+    both("pods_two_containers", |ctr| pods::two_containers(ctr)),
+    both("pods_shared_processes", |ctr| pods::shared_processes(ctr)),
     both("pods_streams", |ctr| pods::streams(ctr)),
     both("pods_volumes", |ctr| pods::volumes(ctr)),
     husk("pods_machine_size", |ctr| pods::machine_size(ctr)),
