@@ -8,10 +8,12 @@
 //! husk-scenarios [--tier core|whole|full] [--runtime NAME]... [--only WORD]... [--skip NAME]...
 //!                [--shard I/N] [--results FILE --version VERSION]
 //! husk-scenarios table FILE...
+//! husk-scenarios failures FILE...
 //! ```
 //!
 //! `--only` takes a word of a scenario's name, `--shard` every Nth of what there is to run;
-//! `--results` appends what came of them to a file, from which `table` makes a table.
+//! `--results` appends what came of them to a file, from which `table` makes a table, and
+//! `failures` the list of what failed and why.
 #![forbid(unsafe_code)]
 
 mod ctr;
@@ -57,7 +59,8 @@ fn main() -> ExitCode {
 fn run() -> Result<bool> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     match arguments.split_first() {
-        Some((first, files)) if first == "table" => print_table(files),
+        Some((first, files)) if first == "table" => print_results(files, table::markdown),
+        Some((first, files)) if first == "failures" => print_results(files, table::failures),
         _ => run_all(&Selection::parse(arguments)?),
     }
 }
@@ -178,7 +181,7 @@ fn run_all(selection: &Selection) -> Result<bool> {
                     println!("        {line}");
                 }
                 ctr.bury();
-                Outcome::Failed
+                Outcome::failed(&format!("{error:#}"))
             }
         };
         selection.record(&Line {
@@ -194,13 +197,13 @@ fn run_all(selection: &Selection) -> Result<bool> {
     Ok(failed == 0 && passed > 0)
 }
 
-fn print_table(files: &[String]) -> Result<bool> {
+fn print_results(files: &[String], form: fn(&[Line]) -> String) -> Result<bool> {
     let mut texts = Vec::new();
     for file in files {
         texts.push(fs::read_to_string(file).with_context(|| format!("cannot read {file:?}"))?);
     }
     let lines = table::parse(texts.iter().map(String::as_str))?;
-    print!("{}", table::markdown(&lines));
+    print!("{}", form(&lines));
     Ok(true)
 }
 

@@ -1,7 +1,7 @@
 //! What came of the scenarios, as one table: scenario by runtime and version of containerd.
 //!
 //! Each machine that runs scenarios appends lines to a file, fields parted by tabs: version,
-//! runtime, scenario, outcome, seconds. The files of a whole run make the table.
+//! runtime, scenario, outcome, seconds, and why it failed. The files of a whole run make the table.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -11,12 +11,20 @@ use anyhow::{Context, Result, bail};
 use crate::list;
 
 /// What came of one scenario.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// As it should be.
     Passed,
-    /// Not.
-    Failed,
+    /// Not, for this reason, which is one line.
+    Failed(String),
+}
+
+impl Outcome {
+    /// A failure; what parts the lines and fields of a file is taken out of the reason.
+    pub(crate) fn failed(reason: &str) -> Self {
+        let words: Vec<_> = reason.split_whitespace().collect();
+        Self::Failed(words.join(" "))
+    }
 }
 
 /// One line of a file of results.
@@ -33,20 +41,20 @@ pub(crate) struct Line {
 
 impl Line {
     pub(crate) fn write(&self) -> String {
-        let outcome = match self.outcome {
-            Outcome::Passed => "passed",
-            Outcome::Failed => "failed",
+        let (outcome, reason) = match &self.outcome {
+            Outcome::Passed => ("passed", ""),
+            Outcome::Failed(reason) => ("failed", reason.as_str()),
         };
         format!(
-            "{}\t{}\t{}\t{outcome}\t{:.1}\n",
+            "{}\t{}\t{}\t{outcome}\t{:.1}\t{reason}\n",
             self.version, self.runtime, self.scenario, self.seconds
         )
     }
 
     fn parse(text: &str) -> Result<Self> {
         let fields: Vec<_> = text.split('\t').collect();
-        let [version, runtime, scenario, outcome, seconds] = fields.as_slice() else {
-            bail!("{} fields instead of 5: {text:?}", fields.len());
+        let [version, runtime, scenario, outcome, seconds, reason] = fields.as_slice() else {
+            bail!("{} fields instead of 6: {text:?}", fields.len());
         };
         Ok(Self {
             version: (*version).to_owned(),
@@ -54,7 +62,7 @@ impl Line {
             scenario: (*scenario).to_owned(),
             outcome: match *outcome {
                 "passed" => Outcome::Passed,
-                "failed" => Outcome::Failed,
+                "failed" => Outcome::failed(reason),
                 other => bail!("{other:?} is no outcome"),
             },
             seconds: seconds
@@ -86,7 +94,7 @@ pub(crate) fn markdown(lines: &[Line]) -> String {
             line.version.as_str(),
             short(&line.runtime),
         );
-        cells.insert(key, line.outcome);
+        cells.insert(key, &line.outcome);
     }
     let mut table = "| scenario |".to_owned();
     for (version, runtime) in &columns {
@@ -101,7 +109,7 @@ pub(crate) fn markdown(lines: &[Line]) -> String {
         for (version, runtime) in &columns {
             let cell = match cells.get(&(scenario.name, *version, *runtime)) {
                 Some(Outcome::Passed) => "passed",
-                Some(Outcome::Failed) => "**failed**",
+                Some(Outcome::Failed(_)) => "**failed**",
                 None if scenario.is_husk_only && *runtime != "husk" => "",
                 None => "–",
             };
@@ -110,6 +118,23 @@ pub(crate) fn markdown(lines: &[Line]) -> String {
         table.push('\n');
     }
     table
+}
+
+/// What failed and why, a line each; nothing if all passed.
+pub(crate) fn failures(lines: &[Line]) -> String {
+    let mut text = String::new();
+    for line in lines {
+        if let Outcome::Failed(reason) = &line.outcome {
+            let (version, runtime) = (&line.version, short(&line.runtime));
+            // A String takes whatever is written to it.
+            let _ = writeln!(
+                text,
+                "FAILED {} ({runtime}, containerd {version}): {reason}",
+                line.scenario
+            );
+        }
+    }
+    text
 }
 
 /// What people call a runtime.
@@ -127,9 +152,9 @@ mod tests {
     fn line_that_is_none_is_refused() {
         for text in [
             "",
-            "1.7\tio.containerd.husk.v2\town_kernel\tpassed",
-            "1.7\tio.containerd.husk.v2\town_kernel\tskipped\t1.0",
-            "1.7\tio.containerd.husk.v2\town_kernel\tpassed\tlong",
+            "1.7\tio.containerd.husk.v2\town_kernel\tpassed\t1.0",
+            "1.7\tio.containerd.husk.v2\town_kernel\tskipped\t1.0\t",
+            "1.7\tio.containerd.husk.v2\town_kernel\tpassed\tlong\t",
         ] {
             assert!(Line::parse(text).is_err(), "{text:?}");
         }
@@ -141,16 +166,21 @@ mod tests {
             version: "1.7".into(),
             runtime: "io.containerd.husk.v2".into(),
             scenario: "own_kernel".into(),
-            outcome: Outcome::Failed,
+            outcome: Outcome::failed("one\tline,\n  and another"),
             seconds: 1.5,
         };
-        assert_eq!(parse([line.write().as_str()]).unwrap(), [line]);
+        let lines = parse([line.write().as_str()]).unwrap();
+        assert_eq!(lines, [line]);
+        assert_eq!(
+            failures(&lines),
+            "FAILED own_kernel (husk, containerd 1.7): one line, and another\n"
+        );
     }
 
     #[test]
     fn table_tells_passed_failed_and_not_run_apart() {
-        let text = "1.7\tio.containerd.husk.v2\town_kernel\tpassed\t1.0\n\
-                    1.7\tio.containerd.runc.v2\town_kernel\tfailed\t1.0\n";
+        let text = "1.7\tio.containerd.husk.v2\town_kernel\tpassed\t1.0\t\n\
+                    1.7\tio.containerd.runc.v2\town_kernel\tfailed\t1.0\twhy\n";
         let table = markdown(&parse([text]).unwrap());
         assert!(
             table.starts_with("| scenario | husk, 1.7 | runc, 1.7 |\n"),
