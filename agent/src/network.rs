@@ -5,13 +5,16 @@
 //! there too many. What containers change themselves is left alone: a later call changes only what
 //! an earlier one has made.
 
+mod slots;
+
 use std::io;
 use std::net::IpAddr;
-use std::path::Path;
 
-use husk_netlink::{Address, Connection, ETHERNET, Hop, Link, LinkChange, Mac, Neighbour, Route};
+use husk_netlink::{Address, Connection, Hop, Link, LinkChange, Mac, Neighbour, Route};
 use husk_protocol::messages as m;
 use rustix::io::Errno;
+
+use self::slots::Slots;
 
 /// The interface that every guest has.
 const LOOPBACK_NAME: &str = "lo";
@@ -35,8 +38,7 @@ pub enum NetworkError {
 /// What was set, to be able to change it.
 #[derive(Debug, Default)]
 pub struct Network {
-    /// The machine's network devices, in their order, by the index of their interfaces.
-    devices: Option<Vec<u32>>,
+    slots: Option<Slots>,
     set: Wanted,
 }
 
@@ -63,10 +65,14 @@ impl Network {
     pub fn configure(&mut self, request: &m::ConfigureNetworkRequest) -> Result<(), NetworkError> {
         let mut connection =
             Connection::open().map_err(step(|| "open a netlink socket".to_owned()))?;
+        let slots = match self.slots.take() {
+            Some(slots) => slots,
+            None => Slots::find().map_err(step(|| "look for network devices".to_owned()))?,
+        };
+        let devices = drive(self.slots.insert(slots), request)?;
         let links = list(&mut connection)?;
-        let devices = self.devices.get_or_insert_with(|| devices_of(&links));
         let lo = links.iter().find(|link| link.name == LOOPBACK_NAME);
-        let wanted = Wanted::parse(request, devices, lo.map(|lo| lo.index))?;
+        let wanted = Wanted::parse(request, &devices, lo.map(|lo| lo.index))?;
         self.remove_old(&mut connection, &wanted);
         let set = self.add_new(&mut connection, &links, &wanted);
         // What was set of a request that failed is not told apart: it may be set again.
@@ -84,12 +90,6 @@ impl Network {
         }
         for address in old(&self.set.addresses, &wanted.addresses) {
             let _ = connection.remove_address(address);
-        }
-        for link in &self.set.links {
-            let is_wanted = wanted.links.iter().any(|wanted| wanted.index == link.index);
-            if !is_wanted {
-                let _ = connection.change_link(link.index, &down());
-            }
         }
     }
 
@@ -149,20 +149,23 @@ fn list(connection: &mut Connection) -> Result<Vec<Link>, NetworkError> {
     links.map_err(step(|| "list the interfaces".to_owned()))
 }
 
-/// The interfaces that belong to devices of the machine, in the order of the devices, which is the one
-/// in which the kernel has found them. Containers may have made others, but none has run yet.
-fn devices_of(links: &[Link]) -> Vec<u32> {
-    let is_device = |link: &&Link| {
-        let device = Path::new("/sys/class/net").join(&link.name).join("device");
-        link.hardware == ETHERNET && device.exists()
+/// Makes the kernel drive the devices that are asked for, and no others. Returns the indices of their
+/// interfaces, by device.
+fn drive(
+    slots: &Slots,
+    request: &m::ConfigureNetworkRequest,
+) -> Result<Vec<Option<u32>>, NetworkError> {
+    let is_wanted = |slot| {
+        let wanted = |it: &m::Interface| usize::try_from(it.device) == Ok(slot);
+        request.interfaces.iter().any(wanted)
     };
-    let mut devices: Vec<_> = links
-        .iter()
-        .filter(is_device)
-        .map(|link| link.index)
-        .collect();
-    devices.sort_unstable();
-    devices
+    let drive = |slot| match is_wanted(slot) {
+        true => slots.drive(slot).map(Some),
+        false => slots.let_go(slot).map(|()| None),
+    };
+    (0..slots.count())
+        .map(|slot| drive(slot).map_err(step(|| format!("switch network device {slot}"))))
+        .collect()
 }
 
 /// Gives the interfaces that are to be renamed names that none of them is to have.
@@ -210,13 +213,6 @@ fn change(
     }))
 }
 
-fn down() -> LinkChange<'static> {
-    LinkChange {
-        is_up: Some(false),
-        ..LinkChange::default()
-    }
-}
-
 fn step(what: impl FnOnce() -> String) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Step {
         what: what(),
@@ -227,7 +223,7 @@ fn step(what: impl FnOnce() -> String) -> impl FnOnce(io::Error) -> NetworkError
 impl Wanted {
     fn parse(
         request: &m::ConfigureNetworkRequest,
-        devices: &[u32],
+        devices: &[Option<u32>],
         lo: Option<u32>,
     ) -> Result<Self, NetworkError> {
         let mut wanted = Self::default();
@@ -260,13 +256,13 @@ impl Wanted {
 }
 
 impl WantedLink {
-    fn parse(interface: &m::Interface, devices: &[u32]) -> Result<Self, NetworkError> {
+    fn parse(interface: &m::Interface, devices: &[Option<u32>]) -> Result<Self, NetworkError> {
         let number = interface.device;
         let device = usize::try_from(number).ok();
         let index = device.and_then(|device| devices.get(device));
         let name = &interface.name;
         Ok(Self {
-            index: *index.ok_or_else(|| {
+            index: index.copied().flatten().ok_or_else(|| {
                 let count = devices.len();
                 invalid(format!("{name:?} is to be device {number} of {count}"))
             })?,
@@ -374,7 +370,7 @@ mod tests {
             ..m::ConfigureNetworkRequest::default()
         };
         change(&mut request);
-        Wanted::parse(&request, &[7, 9], Some(1))
+        Wanted::parse(&request, &[Some(7), Some(9)], Some(1))
             .unwrap_err()
             .to_string()
     }
@@ -416,7 +412,7 @@ mod tests {
             });
         }
 
-        let wanted = Wanted::parse(&request, &[7, 9], Some(1)).unwrap();
+        let wanted = Wanted::parse(&request, &[None, Some(9)], Some(1)).unwrap();
 
         let links: Vec<_> = wanted.neighbours.iter().map(|one| one.link).collect();
         assert_eq!((wanted.links[0].index, links), (9, vec![9, 1]));

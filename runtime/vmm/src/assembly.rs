@@ -77,7 +77,7 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
     for (index, booted) in boot.net.into_iter().enumerate() {
         let (device, socket) =
             NetDevice::new(booted).map_err(|source| AssembleError::Tap { index, source })?;
-        net.push(socket);
+        net.push((devices.len(), socket));
         devices.push(Box::new(device));
     }
     let threads = devices.len() + usize::from(boot.vcpus);
@@ -163,7 +163,8 @@ fn launch_confined(
 pub(crate) struct JailedGuest {
     machine: Machine,
     server: Arc<Server>,
-    net: Vec<Socket>,
+    /// With the index of their device.
+    net: Vec<(usize, Socket)>,
 }
 
 /// Why the machine did not do as it was told.
@@ -195,11 +196,14 @@ impl Guest for JailedGuest {
     }
 
     fn plug_net(&mut self, device: usize, tap: Option<OwnedFd>) -> Result<(), GuestError> {
-        let socket = self.net.get(device);
-        let socket = socket.ok_or(GuestError::NoNetDevice { device })?;
+        let place = self.net.get(device);
+        let (index, socket) = place.ok_or(GuestError::NoNetDevice { device })?;
+        let is_there = tap.is_some();
         socket
             .plug(tap)
-            .map_err(|source| GuestError::PlugNet { device, source })
+            .map_err(|source| GuestError::PlugNet { device, source })?;
+        self.machine.show_device(*index, is_there);
+        Ok(())
     }
 
     fn shut_down(&mut self) {
@@ -228,7 +232,7 @@ impl Guest for JailedGuest {
     fn metrics(&self) -> Metrics {
         let exits = self.machine.exits();
         let files = self.server.counters();
-        let net = self.net.iter().map(Socket::traffic);
+        let net = self.net.iter().map(|(_, socket)| socket.traffic());
         let net = net.fold(Traffic::default(), Traffic::plus);
         Metrics {
             net_received_frames: net.received_frames,

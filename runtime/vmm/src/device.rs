@@ -21,6 +21,9 @@ pub struct Profile {
     pub features: u64,
     /// Largest size of each queue, a power of two; its length is the number of queues.
     pub queue_sizes: &'static [u16],
+    /// The driver meets a placeholder in its place, which it leaves alone, until the device is told
+    /// to appear (virtio 1.2, 4.2.2, `DeviceID`).
+    pub is_hidden: bool,
 }
 
 /// One virtio device.

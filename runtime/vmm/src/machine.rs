@@ -279,6 +279,14 @@ impl Machine {
         self.vcpus.iter().try_for_each(VcpuThread::await_still)
     }
 
+    /// Lets the guest meet the device of that index, or a placeholder in its place, whenever it looks
+    /// for one. One that it drives already it has until it lets go.
+    pub fn show_device(&self, index: usize, is_there: bool) {
+        if let Some(device) = self.bus.devices().nth(index) {
+            device.appear(is_there);
+        }
+    }
+
     /// Ends all threads: first the virtual CPUs, then the devices, which pass on what they hold.
     /// May be called again, to no effect.
     ///

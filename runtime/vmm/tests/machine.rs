@@ -83,6 +83,7 @@ impl Device for Idle {
             device_type: 42,
             features: 0,
             queue_sizes: &[16],
+            is_hidden: false,
         }
     }
 

@@ -87,6 +87,7 @@ impl Device for ConsoleDevice {
             // Neither a size nor multiple ports: the config space is all zero.
             features: 0,
             queue_sizes: &[16, 64],
+            is_hidden: false,
         }
     }
 

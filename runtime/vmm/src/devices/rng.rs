@@ -34,6 +34,7 @@ impl Device for RngDevice {
             device_type: VIRTIO_ID_RNG,
             features: 0,
             queue_sizes: &[16],
+            is_hidden: false,
         }
     }
 

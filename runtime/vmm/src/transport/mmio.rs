@@ -151,7 +151,6 @@ impl Mmio {
         for (register, value) in [
             (reg::MAGIC, reg::MAGIC_VALUE),
             (reg::VERSION, reg::VERSION_VALUE),
-            (reg::DEVICE_ID, self.profile.device_type),
             (reg::VENDOR_ID, reg::VENDOR_VALUE),
             (reg::SHM_LEN_LOW, reg::NO_SHARED_MEMORY),
             (reg::SHM_LEN_HIGH, reg::NO_SHARED_MEMORY),
@@ -160,6 +159,16 @@ impl Mmio {
         ] {
             self.page.set(register, value);
         }
+        self.appear(!self.profile.is_hidden);
+    }
+
+    /// Shows the driver a device, or a placeholder instead. A driver that runs does not notice.
+    pub(crate) fn appear(&self, is_there: bool) {
+        let id = match is_there {
+            true => self.profile.device_type,
+            false => reg::NO_DEVICE,
+        };
+        self.page.set(reg::DEVICE_ID, id);
     }
 
     /// Shows what a write of the driver's may have changed.

@@ -34,6 +34,8 @@ pub(super) const CONFIG: u64 = 0x100;
 pub(super) const MAGIC_VALUE: u32 = 0x7472_6976;
 /// The version of devices that are not legacy.
 pub(super) const VERSION_VALUE: u32 = 2;
+/// What a place without a device has for its [`DEVICE_ID`].
+pub(super) const NO_DEVICE: u32 = 0;
 /// "husk".
 pub(super) const VENDOR_VALUE: u32 = 0x6b73_7568;
 /// What the registers of a shared memory region read that does not exist.

@@ -68,6 +68,7 @@ impl Device for FakeDevice {
             device_type: 42,
             features: OFFERED,
             queue_sizes: &[16, 8],
+            is_hidden: false,
         }
     }
 
@@ -367,6 +368,17 @@ fn the_device_says_who_it_is() {
     assert_eq!(identity, [0x7472_6976, 2, 42]);
     assert_eq!(features_high, 1 << (40 - 32) | 1);
     assert_eq!(rig.read(reg::DEVICE_FEATURES), 0);
+}
+
+#[test]
+fn device_that_is_not_there_is_a_placeholder() {
+    let mut rig = Rig::new(Manner::ServeUntilStopped);
+
+    rig.mmio.appear(false);
+    assert_eq!(rig.read(reg::DEVICE_ID), 0);
+
+    rig.mmio.appear(true);
+    assert_eq!(rig.read(reg::DEVICE_ID), 42);
 }
 
 #[test]

@@ -85,8 +85,7 @@ fn confined(docker: &Docker) -> Result<()> {
         touch /t/x && mkdir /t/d 2>/dev/null || echo no directories
         grep -E 'NoNewPrivs|Seccomp:|CapEff' /proc/self/status | tr -d '\\t'
         cat /sys/fs/cgroup/pids.max
-        # Those that are up: the last digit of their flags is odd.
-        grep -l '[13579bdf]$' /sys/class/net/*/flags | cut -d/ -f5";
+        ls /sys/class/net";
     let said = docker.run(&flags, &["sh", "-c", script])?.success()?;
     let expected = "1000\n1001\n/usr\nhusk\nbox\n123\n456\n\
         root is read-only\nvolume is read-only\nfrom the host\nno directories\n\

@@ -120,6 +120,7 @@ impl Device for FsDevice {
             queue_sizes: QUEUE_SIZES
                 .get(..=self.workers.len())
                 .unwrap_or(&QUEUE_SIZES),
+            is_hidden: false,
         }
     }
 

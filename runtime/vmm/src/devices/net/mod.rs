@@ -7,8 +7,8 @@
 //! One thread serves both directions in turns of limited length, and waits in between. The tap is
 //! not read while the driver has no buffers: the kernel's queue fills, and it drops what is too much.
 //!
-//! A device may be there before its tap is: it then has no address yet, and what the guest sends is
-//! lost. A tap may also be pulled out and replaced while the guest runs.
+//! A device may be there before its tap is: it then has no address yet, is hidden from the guest, and
+//! what the guest sends is lost. A tap may also be pulled out and replaced while the guest runs.
 //!
 //! The link has no `mtu` field: the agent sets the MTU, which may change while the pod runs, and a
 //! driver takes that field as an upper bound for ever.
@@ -73,6 +73,8 @@ const LINK_UP: u16 = 1;
 /// See the module.
 pub struct NetDevice {
     tap: Option<Tap>,
+    /// It was made without a tap.
+    is_spare: bool,
     plugged: Plugged,
     features: u64,
     config: [u8; CONFIG_BYTES],
@@ -177,6 +179,7 @@ impl NetDevice {
             counters: Arc::clone(&counters),
         };
         let device = Self {
+            is_spare: booted.is_none(),
             tap: booted.map(|(_, tap)| tap),
             plugged: Plugged { taps, event },
             features,
@@ -235,6 +238,7 @@ impl Device for NetDevice {
             device_type: VIRTIO_ID_NET,
             features: self.features,
             queue_sizes: &[QUEUE_SIZE, QUEUE_SIZE],
+            is_hidden: self.is_spare,
         }
     }
 

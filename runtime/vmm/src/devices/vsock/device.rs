@@ -65,6 +65,7 @@ impl Device for VsockDevice {
             features: (1 << VIRTIO_RING_F_EVENT_IDX) | (1 << VIRTIO_RING_F_INDIRECT_DESC),
             // rx, tx, event: the last carries transport resets, of which there are none.
             queue_sizes: &[256, 256, 16],
+            is_hidden: false,
         }
     }
 
