@@ -7,11 +7,12 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use husk_protocol::messages::{PreparePodRequest, Stdio};
+use husk_protocol::messages::{ForwardPortRequest, PreparePodRequest, Stdio};
 use rustix::process::Signal;
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::container::{Common, Container, Ending, Process, lock};
+use crate::forward::{ForwardError, forward};
 use crate::launch::{LaunchError, launch};
 use crate::oci::{self, NamespaceKind, Resources, Spec};
 use crate::plan::{Place, Plan, StartHooks};
@@ -77,6 +78,8 @@ pub enum SandboxError {
     #[error(transparent)]
     Pod(#[from] PodError),
     #[error(transparent)]
+    Forward(#[from] ForwardError),
+    #[error(transparent)]
     Launch(#[from] LaunchError),
 }
 
@@ -119,6 +122,11 @@ impl Sandbox {
     ) -> Result<Option<i32>, SandboxError> {
         let program = &self.config.program;
         Ok(self.pod.prepare(request, program, &self.reaper).await?)
+    }
+
+    /// Connects a stream with a TCP port of the pod.
+    pub async fn forward(&self, request: &ForwardPortRequest) -> Result<(), SandboxError> {
+        Ok(forward(&self.config.ports, request).await?)
     }
 
     /// Makes a container up to its init's gate and returns init's pid.

@@ -14,6 +14,7 @@ use ttrpc::{Code, get_status};
 
 use crate::cgroup::CgroupError;
 use crate::container::lock;
+use crate::forward::ForwardError;
 use crate::guest::{self, Times};
 use crate::launch::LaunchError;
 use crate::network::{Network, NetworkError};
@@ -99,12 +100,15 @@ fn code_of(error: &SandboxError) -> Code {
         SandboxError::Launch(LaunchError::Stage(failure)) if failure.is_request_at_fault => {
             Code::INVALID_ARGUMENT
         }
+        SandboxError::Forward(ForwardError::NoPort(_)) => Code::INVALID_ARGUMENT,
+        SandboxError::Forward(ForwardError::Dial { .. }) => Code::UNAVAILABLE,
         SandboxError::Launch(LaunchError::Deadline(_)) => Code::DEADLINE_EXCEEDED,
         SandboxError::Signal(_)
         | SandboxError::Resize(_)
         | SandboxError::Cgroup(_)
         | SandboxError::Stdio(_)
         | SandboxError::Pod(_)
+        | SandboxError::Forward(_)
         | SandboxError::Launch(_) => Code::INTERNAL,
     }
 }
@@ -194,6 +198,15 @@ impl Agent for Service {
             status(code, &chain(&error))
         })?;
         Ok(m::ConfigureNetworkResponse::default())
+    }
+
+    async fn forward_port(
+        &self,
+        _: &TtrpcContext,
+        request: m::ForwardPortRequest,
+    ) -> ttrpc::Result<m::ForwardPortResponse> {
+        answer(self.sandbox.forward(&request).await)?;
+        Ok(m::ForwardPortResponse::default())
     }
 
     async fn shutdown(

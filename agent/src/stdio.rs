@@ -79,11 +79,6 @@ pub struct Streams {
 impl Ports {
     /// Binds the ports that a request names and starts moving bytes.
     pub fn open(&self, request: &Request, is_terminal: bool) -> Result<Streams, StdioError> {
-        for port in [request.stdin, request.stdout, request.stderr] {
-            if port != 0 && port < STREAM_PORT_MIN {
-                return Err(StdioError::PortTooLow(port));
-            }
-        }
         if is_terminal {
             return self.open_terminal(request);
         }
@@ -123,9 +118,13 @@ impl Ports {
         })
     }
 
-    fn listen(&self, port: u32) -> Result<Option<AsyncFd<OwnedFd>>, StdioError> {
+    /// Binds the port of one stream, unless it is 0.
+    pub(crate) fn listen(&self, port: u32) -> Result<Option<AsyncFd<OwnedFd>>, StdioError> {
         if port == 0 {
             return Ok(None);
+        }
+        if port < STREAM_PORT_MIN {
+            return Err(StdioError::PortTooLow(port));
         }
         self.bind(port)
             .map(Some)
@@ -187,7 +186,7 @@ pub fn nonblocking(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedF
 
 /// Takes the host's one connection; the listener is closed in any case. Connections of anybody else
 /// are closed: a container may reach the guest's own ports.
-async fn accept(listener: AsyncFd<OwnedFd>) -> Option<AsyncFd<OwnedFd>> {
+pub(crate) async fn accept(listener: AsyncFd<OwnedFd>) -> Option<AsyncFd<OwnedFd>> {
     let accept = async {
         loop {
             let accepted = listener.async_io(Interest::READABLE, |listener| {
@@ -273,7 +272,7 @@ async fn discard(from: &AsyncFd<OwnedFd>) {
 }
 
 /// Moves bytes until the source ends.
-async fn copy(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+pub(crate) async fn copy(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER_BYTES];
     loop {
         let length = read(from, &mut buffer).await?;

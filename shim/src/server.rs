@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use async_trait::async_trait;
 use husk_sandbox::{
-    ContainerError, ContainerRequest, Drained, ErrorKind, Install, PodRequest, ProcessIo,
+    ContainerError, ContainerRequest, Drained, ErrorKind, Install, PodRequest, ProcessIo, Role,
     RootfsMount, STATE_DIR_ROOT, Sandbox, SandboxConfig, Settings, monotonic_us, oci,
 };
 use rustix::io::fcntl_dupfd_cloexec;
@@ -145,6 +145,9 @@ impl PodMaker for Maker {
             .map_err(|error| PodError::new(Code::INTERNAL, chain(&error)))?;
         let sandbox = Arc::new(sandbox);
         tokio::spawn(log_end(self.id.clone(), sandbox.clone()));
+        if Role::of(&first.spec) == Role::Sandbox {
+            forward_ports(sandbox.clone()).await;
+        }
         Ok(SandboxPod {
             sandbox,
             ending: tokio::sync::Mutex::default(),
@@ -230,6 +233,15 @@ impl SandboxPod {
             started_us = monotonic_us(),
             "pod started"
         );
+    }
+}
+
+/// Makes the ports of the pod's localhost reachable for CRI, which looks for them on the host. The pod
+/// is of use without it.
+async fn forward_ports(sandbox: Arc<Sandbox>) {
+    match sandbox.catch_loopback().await {
+        Ok(loopback) => drop(tokio::spawn(sandbox.forward_loopback(loopback))),
+        Err(error) => tracing::warn!(%error, "ports of the pod can't be forwarded"),
     }
 }
 

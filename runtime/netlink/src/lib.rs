@@ -1,4 +1,4 @@
-//! Linux network interfaces, addresses, routes and taps, without other programs.
+//! Linux network interfaces, addresses, routes, taps and loopback, without other programs.
 //!
 //! Speaks rtnetlink (rtnetlink(7)) to the kernel of the calling thread's network namespace. A
 //! request is one datagram: a header, a structure that depends on its kind, and attributes, which may
@@ -10,6 +10,7 @@
 mod address;
 mod connection;
 mod link;
+pub mod loopback;
 mod message;
 mod neighbour;
 mod route;

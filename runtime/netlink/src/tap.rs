@@ -1,6 +1,6 @@
 //! Taps: interfaces whose other end is a descriptor.
 //!
-//! The only module with unsafe code: the ioctls of /dev/net/tun.
+//! Beside [`crate::loopback`] the only module with unsafe code: the ioctls of /dev/net/tun.
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -1,12 +1,15 @@
 //! Against the kernel of this machine, in network namespaces of their own. Needs root.
 
+use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::AsRawFd;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::sched::{CloneFlags, unshare};
 
-use crate::{Address, Connection, Hop, LOOPBACK, Link, LinkChange, Neighbour, Route, tap};
+use crate::{
+    Address, Connection, Hop, LOOPBACK, Link, LinkChange, Neighbour, Route, loopback, tap,
+};
 
 /// Runs `test` in a new network namespace, where that is allowed.
 fn in_namespace(test: impl FnOnce(&mut Connection) + Send) {
@@ -193,5 +196,34 @@ fn redirection_is_made_replaced_and_removed() {
         connection.remove_redirect(a).unwrap();
         connection.remove_redirect(a).unwrap();
         assert!(connection.redirect(a, 0x7fff_ffff).is_err());
+    });
+}
+
+#[test]
+fn connections_to_any_port_of_loopback_are_caught_until_the_end() {
+    in_namespace(|connection| {
+        let up = LinkChange {
+            is_up: Some(true),
+            ..LinkChange::default()
+        };
+        let lo = link(connection, "lo").index;
+        connection.change_link(lo, &up).unwrap();
+        let netns = File::open("/proc/thread-self/ns/net").unwrap();
+        let Some(caught) = is_absent(loopback::catch(netns.as_fd())) else {
+            return;
+        };
+        let addresses = [
+            SocketAddr::from((Ipv4Addr::LOCALHOST, 80)),
+            SocketAddr::from((Ipv6Addr::LOCALHOST, 65535)),
+        ];
+        for (address, listener) in addresses.into_iter().zip(&caught.listeners) {
+            let _client = TcpStream::connect(address).unwrap();
+            let (accepted, _) = listener.accept().unwrap();
+            assert_eq!(accepted.local_addr().unwrap(), address);
+        }
+        // Another address of the namespace is nobody's.
+        assert!(TcpStream::connect(("127.0.0.2", 80)).is_err());
+        drop(caught);
+        assert!(TcpStream::connect(addresses[0]).is_err());
     });
 }

@@ -159,18 +159,43 @@ impl Control {
         source: Option<&OwnedFd>,
         sink: Option<&OwnedFd>,
     ) -> Result<StreamEnd, CallError> {
-        let stream = self.inner.next_stream.fetch_add(1, Ordering::Relaxed);
-        let (open, end) = watch::channel(StreamState::default());
-        self.inner.routes().streams.insert(stream, open);
-        let call = Call::Connect(Connect {
+        let connect = Connect {
             port,
-            stream,
+            stream: 0,
             source: source.is_some(),
             sink: sink.is_some(),
             duplex: false,
-        });
+        };
         let descriptors: Vec<_> = source.into_iter().chain(sink).map(AsFd::as_fd).collect();
-        let connected = self.call(call, &descriptors).await;
+        self.connect_as(connect, &descriptors).await
+    }
+
+    /// Connects a port of the guest to a socket, both ways. Answers once the guest has accepted.
+    pub(crate) async fn connect_socket(
+        &self,
+        port: u32,
+        socket: &OwnedFd,
+    ) -> Result<StreamEnd, CallError> {
+        let connect = Connect {
+            port,
+            stream: 0,
+            source: false,
+            sink: false,
+            duplex: true,
+        };
+        self.connect_as(connect, &[socket.as_fd()]).await
+    }
+
+    async fn connect_as(
+        &self,
+        mut connect: Connect,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<StreamEnd, CallError> {
+        let stream = self.inner.next_stream.fetch_add(1, Ordering::Relaxed);
+        connect.stream = stream;
+        let (open, end) = watch::channel(StreamState::default());
+        self.inner.routes().streams.insert(stream, open);
+        let connected = self.call(Call::Connect(connect), descriptors).await;
         if let Err(error) = connected {
             self.inner.routes().streams.remove(&stream);
             return Err(error);

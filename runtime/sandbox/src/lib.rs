@@ -22,6 +22,7 @@ mod container;
 mod control;
 mod error;
 mod hooks;
+mod loopback;
 mod mounts;
 mod namespaces;
 mod netns;
@@ -44,6 +45,7 @@ pub use container::{ContainerRequest, Drained, Exit, ListedProcess, ProcessIo, R
 pub use error::{CleanupError, ContainerError, ErrorKind, StartError, VmEnd};
 pub use hooks::{HookError, HookName};
 pub use husk_vmm_control::monotonic_us;
+pub use loopback::Loopback;
 pub use mounts::MountError;
 pub use network::NetworkError;
 pub use oci_spec::runtime as oci;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -41,6 +41,11 @@ impl Netns {
             self.file.as_fd(),
             kind,
         )?)
+    }
+
+    /// The descriptor that holds it.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     fn from_file(file: File) -> Self {

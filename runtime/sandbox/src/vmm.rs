@@ -234,11 +234,16 @@ impl Vmm {
         source: Option<&OwnedFd>,
         sink: Option<&OwnedFd>,
     ) -> Result<StreamEnd, String> {
-        match timeout(CALL_DEADLINE, self.control.connect(port, source, sink)).await {
-            Ok(Ok(end)) => Ok(end),
-            Ok(Err(error)) => Err(cap_text(&describe(&error))),
-            Err(_) => Err(format!("no answer within {CALL_DEADLINE:?}")),
-        }
+        answered(self.control.connect(port, source, sink)).await
+    }
+
+    /// Connects a port of the guest to a socket, both ways. The error is a sentence for people.
+    pub(crate) async fn connect_socket(
+        &self,
+        port: u32,
+        socket: &OwnedFd,
+    ) -> Result<StreamEnd, String> {
+        answered(self.control.connect_socket(port, socket)).await
     }
 
     /// Plugs a tap into a network device, or pulls it out. The error is a sentence for people.
@@ -248,11 +253,9 @@ impl Vmm {
             tap: tap.is_some(),
         });
         let descriptors: Vec<_> = tap.iter().map(AsFd::as_fd).collect();
-        match timeout(CALL_DEADLINE, self.control.call(call, &descriptors)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(cap_text(&describe(&error))),
-            Err(_) => Err(format!("no answer within {CALL_DEADLINE:?}")),
-        }
+        answered(self.control.call(call, &descriptors))
+            .await
+            .map(drop)
     }
 
     /// How it ended, if it has.
@@ -297,6 +300,15 @@ impl Vmm {
                 is_clean: false,
             },
         }
+    }
+}
+
+/// What came of a call, in time; an error is a sentence for people.
+async fn answered<T>(call: impl Future<Output = Result<T, CallError>>) -> Result<T, String> {
+    match timeout(CALL_DEADLINE, call).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) => Err(cap_text(&describe(&error))),
+        Err(_) => Err(format!("no answer within {CALL_DEADLINE:?}")),
     }
 }
 

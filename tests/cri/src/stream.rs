@@ -30,6 +30,10 @@ const STDERR: u8 = 2;
 const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
 
+/// Of a forwarded port.
+const PORT_DATA: u8 = 0;
+const PORT_ERROR: u8 = 1;
+
 impl WebSocket {
     /// Connects to an address that [`crate::Cri`] was told.
     ///
@@ -90,6 +94,31 @@ impl WebSocket {
                 Some(_) => {}
                 None => bail!("it ended after {text:?}, without {words:?}"),
             }
+        }
+    }
+
+    /// Reads what comes through a forwarded port up to its end. The kubelet says first which port it
+    /// is, in each direction.
+    ///
+    /// # Errors
+    /// What the server says of the port; those of the connection.
+    pub fn finish_port(mut self) -> Result<Vec<u8>> {
+        let (mut data, mut complaint) = (Vec::new(), Vec::new());
+        let mut is_named = [false; 2];
+        while let Some((channel, bytes)) = self.receive()? {
+            match channel {
+                PORT_DATA | PORT_ERROR if !is_named[usize::from(channel)] => {
+                    ensure!(bytes.len() == size_of::<u16>(), "no port: {bytes:?}");
+                    is_named[usize::from(channel)] = true;
+                }
+                PORT_DATA => data.extend(bytes),
+                PORT_ERROR => complaint.extend(bytes),
+                _ => bail!("a message of channel {channel}"),
+            }
+        }
+        match complaint.is_empty() {
+            true => Ok(data),
+            false => bail!("{}", String::from_utf8_lossy(&complaint)),
         }
     }
 

@@ -11,6 +11,7 @@ mod hooks;
 mod limits;
 mod network;
 mod pods;
+mod pods_network;
 mod spec_limits;
 mod spec_mounts;
 mod spec_process;
@@ -198,6 +199,9 @@ pub(crate) const ALL: &[Scenario] = &[
     both("pods_shared_processes", |ctr| pods::shared_processes(ctr)),
     both("pods_streams", |ctr| pods::streams(ctr)),
     both("pods_volumes", |ctr| pods::volumes(ctr)),
+    both("pods_ports_forwarded", |ctr| {
+        pods_network::ports_forwarded(ctr)
+    }),
     husk("pods_machine_size", |ctr| pods::machine_size(ctr)),
     husk("pods_of_the_host", |ctr| pods::of_the_host(ctr)),
     husk("pods_killed", |ctr| pods::killed(ctr)),
