@@ -1,11 +1,15 @@
 //! The files the guest knows: each from the reply that names it first to the FORGET that gives its
 //! last mention back.
+//!
+//! Each is held by a descriptor. File handles (`open_by_handle_at(2)`) would cost none, but whoever
+//! may open them may open any file of the file system, in the share or not: with
+//! `CAP_DAC_READ_SEARCH` there is no jail.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
@@ -13,7 +17,6 @@ use rustix::path::DecInt;
 
 use crate::abi::ROOT_ID;
 use crate::options::{CachePolicy, Options};
-use crate::sys::file_handle::FileHandle;
 
 /// What every `statx` here asks for.
 pub(crate) const STATX_MASK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::MNT_ID);
@@ -30,7 +33,8 @@ pub(crate) struct Inode {
     pub(crate) kind: FileType,
     pub(crate) mount: Arc<Mount>,
     key: Key,
-    reference: Reference,
+    /// An `O_PATH` descriptor of it.
+    file: OwnedFd,
     /// How often replies named it, less what was forgotten.
     lookups: AtomicU64,
 }
@@ -49,8 +53,6 @@ pub(crate) struct Mount {
     /// would be let in.
     ino_offset: u64,
     place: Place,
-    /// An open file on it, by which handles are opened, if it has handles.
-    anchor: OnceLock<Option<OwnedFd>>,
 }
 
 /// Which of the three policies of [`Options`] a mount is under.
@@ -62,25 +64,12 @@ enum Place {
 }
 
 /// What makes two files the same. An inode number may be used again when the file is gone, which
-/// it can't be while a descriptor holds it; where a handle does, the handle has to be equal too.
+/// it can't be while a descriptor holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     mount: u64,
     device: (u32, u32),
     inode: u64,
-}
-
-/// What holds the file.
-#[derive(Debug)]
-enum Reference {
-    Descriptor(OwnedFd),
-    Handle(FileHandle),
-}
-
-/// An `O_PATH` descriptor of an inode, for one request.
-pub(crate) enum PathFd<'a> {
-    Held(BorrowedFd<'a>),
-    Opened(OwnedFd),
 }
 
 /// All of them.
@@ -90,23 +79,12 @@ pub(crate) struct Inodes {
     mounts: Mutex<HashMap<u64, Weak<Mount>>>,
     root: Arc<Inode>,
     next_id: AtomicU64,
-    /// How many inodes are held by a descriptor.
-    descriptors: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
 struct Tables {
     by_id: HashMap<u64, Arc<Inode>>,
     by_key: HashMap<Key, Arc<Inode>>,
-}
-
-impl AsFd for PathFd<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Held(descriptor) => *descriptor,
-            Self::Opened(descriptor) => descriptor.as_fd(),
-        }
-    }
 }
 
 impl Mount {
@@ -117,26 +95,15 @@ impl Mount {
 }
 
 impl Inode {
-    /// An `O_PATH` descriptor of the file. `ESTALE` if it is gone.
-    pub(crate) fn path(&self) -> Result<PathFd<'_>, Errno> {
-        match &self.reference {
-            Reference::Descriptor(descriptor) => Ok(PathFd::Held(descriptor.as_fd())),
-            Reference::Handle(handle) => {
-                let anchor = self
-                    .mount
-                    .anchor
-                    .get()
-                    .and_then(Option::as_ref)
-                    .ok_or(Errno::STALE)?;
-                handle.open(anchor.as_fd()).map(PathFd::Opened)
-            }
-        }
+    /// An `O_PATH` descriptor of the file.
+    pub(crate) fn path(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// As [`Inode::path`], for a directory.
-    pub(crate) fn directory(&self) -> Result<PathFd<'_>, Errno> {
+    pub(crate) fn directory(&self) -> Result<BorrowedFd<'_>, Errno> {
         match self.kind {
-            FileType::Directory => self.path(),
+            FileType::Directory => Ok(self.path()),
             _ => Err(Errno::NOTDIR),
         }
     }
@@ -155,13 +122,12 @@ impl Inodes {
             policy: options.root,
             ino_offset: 0,
             place: Place::Root,
-            anchor: OnceLock::new(),
         });
         let root = Arc::new(Inode {
             id: ROOT_ID,
             kind,
             key: Key::of(&stat),
-            reference: Reference::Descriptor(root),
+            file: root,
             lookups: AtomicU64::new(1),
             mount: Arc::clone(&mount),
         });
@@ -170,7 +136,6 @@ impl Inodes {
             mounts: Mutex::new(HashMap::from([(mount.id, Arc::downgrade(&mount))])),
             root,
             next_id: AtomicU64::new(ROOT_ID),
-            descriptors: AtomicUsize::new(1),
         };
         inodes.forget_all();
         Ok(inodes)
@@ -205,26 +170,20 @@ impl Inodes {
         stat: &Statx,
     ) -> Result<Arc<Inode>, Errno> {
         let key = Key::of(stat);
-        let mut handle = None;
-        if let Some(known) = self.mention_known(key, &file, &mut handle)? {
+        if let Some(known) = self.mention_known(key) {
             return Ok(known);
         }
-        let mount = self.mount(options, parent, name, stat.stx_mnt_id);
-        let reference = self.reference(options, &mount, file, stat, handle)?;
-        let by_descriptor = matches!(reference, Reference::Descriptor(_));
         let inode = Arc::new(Inode {
             // Numbers never run out: 2^64 at one in a nanosecond are 500 years.
             id: self.next_id.fetch_add(1, Ordering::Relaxed).wrapping_add(1),
             kind: kind(stat),
-            mount,
+            mount: self.mount(options, parent, name, stat.stx_mnt_id),
             key,
-            reference,
+            file,
             lookups: AtomicU64::new(1),
         });
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = tables.by_key.get(&key)
-            && known.is_same(&inode.reference)
-        {
+        if let Some(known) = tables.by_key.get(&key) {
             // Another thread was faster.
             known.lookups.fetch_add(1, Ordering::Relaxed);
             return Ok(Arc::clone(known));
@@ -234,32 +193,15 @@ impl Inodes {
         }
         tables.by_id.insert(inode.id, Arc::clone(&inode));
         tables.by_key.insert(key, Arc::clone(&inode));
-        if by_descriptor {
-            self.descriptors.fetch_add(1, Ordering::Relaxed);
-        }
         Ok(inode)
     }
 
-    /// The inode with this key, if it is known; one more mention. `handle` becomes that of `file`
-    /// if it took that to know.
-    fn mention_known(
-        &self,
-        key: Key,
-        file: &OwnedFd,
-        handle: &mut Option<FileHandle>,
-    ) -> Result<Option<Arc<Inode>>, Errno> {
+    /// The inode with this key, if it is known; one more mention.
+    fn mention_known(&self, key: Key) -> Option<Arc<Inode>> {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(known) = tables.by_key.get(&key) else {
-            return Ok(None);
-        };
-        if let Reference::Handle(held) = &known.reference {
-            let same = handle.insert(FileHandle::of(file.as_fd())?);
-            if held != same {
-                return Ok(None);
-            }
-        }
+        let known = tables.by_key.get(&key)?;
         known.lookups.fetch_add(1, Ordering::Relaxed);
-        Ok(Some(Arc::clone(known)))
+        Some(Arc::clone(known))
     }
 
     /// Takes `count` mentions of `id` back. More than there were are taken as all of them.
@@ -287,10 +229,6 @@ impl Inodes {
         {
             tables.by_key.remove(&inode.key);
         }
-        drop(tables);
-        if matches!(inode.reference, Reference::Descriptor(_)) {
-            self.descriptors.fetch_sub(1, Ordering::Relaxed);
-        }
     }
 
     /// Forgets all but the root: the guest has unmounted, or begins anew.
@@ -299,38 +237,9 @@ impl Inodes {
         let old = std::mem::take(&mut *tables);
         tables.by_id.insert(ROOT_ID, Arc::clone(&self.root));
         tables.by_key.insert(self.root.key, Arc::clone(&self.root));
-        self.descriptors.store(1, Ordering::Relaxed);
         drop(tables);
         // Closing many descriptors takes a while: not under the lock.
         drop(old);
-    }
-
-    /// What is to hold `file`.
-    fn reference(
-        &self,
-        options: &Options,
-        mount: &Mount,
-        file: OwnedFd,
-        stat: &Statx,
-        handle: Option<FileHandle>,
-    ) -> Result<Reference, Errno> {
-        let descriptors = self.descriptors.load(Ordering::Relaxed);
-        // Where one file of this number was held by a handle, the next one must be too: only
-        // handles tell apart what came after the other.
-        if handle.is_none() && descriptors < options.inode_descriptors_max {
-            return Ok(Reference::Descriptor(file));
-        }
-        let anchor = mount.anchor.get_or_init(|| anchor(options, &file, stat));
-        if let Some(anchor) = anchor
-            && let Ok(handle) = handle.map_or_else(|| FileHandle::of(file.as_fd()), Ok)
-            && handle.open(anchor.as_fd()).is_ok()
-        {
-            return Ok(Reference::Handle(handle));
-        }
-        if descriptors < options.inode_descriptors_hard_max {
-            return Ok(Reference::Descriptor(file));
-        }
-        Err(Errno::NFILE)
     }
 
     /// The mount with this id, on which `name` in `parent` was found.
@@ -364,7 +273,6 @@ impl Inodes {
                 false => id.wrapping_sub(self.root.mount.id).wrapping_mul(INO_STRIDE),
             },
             place,
-            anchor: OnceLock::new(),
         });
         mounts.retain(|_, mount| mount.strong_count() > 0);
         mounts.insert(id, Arc::downgrade(&mount));
@@ -373,20 +281,6 @@ impl Inodes {
 
     fn lock_mounts(&self) -> MutexGuard<'_, HashMap<u64, Weak<Mount>>> {
         self.mounts.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Inode {
-    /// Whether the file held by `reference`, which has this inode's key, is this inode's.
-    fn is_same(&self, reference: &Reference) -> bool {
-        match (&self.reference, reference) {
-            (Reference::Handle(mine), Reference::Handle(other)) => mine == other,
-            // While a descriptor holds the file, its number is no other's.
-            (Reference::Descriptor(_), _) => true,
-            (Reference::Handle(mine), Reference::Descriptor(other)) => {
-                FileHandle::of(other.as_fd()).is_ok_and(|other| other == *mine)
-            }
-        }
     }
 }
 
@@ -424,14 +318,4 @@ pub(crate) fn reopen(
         flags | OFlags::CLOEXEC,
         Mode::empty(),
     )
-}
-
-/// Opens a file for its mount's handles to be opened by.
-fn anchor(options: &Options, file: &OwnedFd, stat: &Statx) -> Option<OwnedFd> {
-    match kind(stat) {
-        FileType::Directory | FileType::RegularFile => {
-            reopen(options, file.as_fd(), OFlags::RDONLY | OFlags::NONBLOCK).ok()
-        }
-        _ => None,
-    }
 }

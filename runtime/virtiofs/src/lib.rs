@@ -55,8 +55,8 @@
 //! `preadv`, `pwritev2`, `getdents64`, `lseek`, `readlinkat`, `mkdirat`, `mknodat`, `symlinkat`,
 //! `linkat`, `unlinkat`, `renameat2`, `ftruncate`, `fallocate`, `copy_file_range`, `fsync`,
 //! `fdatasync`, `syncfs`, `utimensat`, `fchmodat`, `fchownat`, `getxattr`, `setxattr`, `listxattr`,
-//! `removexattr`, `name_to_handle_at`, `open_by_handle_at`, `umask`, `setfsuid`, `setfsgid`,
-//! `capget`, `capset`, and `ioctl(FS_IOC_GETFLAGS)`.
+//! `removexattr`, `umask`, `setfsuid`, `setfsgid`, `capget`, `capset`, and
+//! `ioctl(FS_IOC_GETFLAGS)`.
 
 mod abi;
 mod counters;

@@ -68,13 +68,8 @@ pub struct Options {
     /// Let the guest kernel gather writes and send them later. Then it no longer sees when
     /// someone else changes a file's size or times.
     pub writeback: bool,
-    /// Most files known to the guest at one time. Beyond: `ENFILE`.
+    /// Most files known to the guest at one time, each by a descriptor. Beyond: `ENFILE`.
     pub inodes_max: usize,
-    /// How many of them are held by a descriptor. Beyond, those on file systems with file handles
-    /// are held by handle, which is slower.
-    pub inode_descriptors_max: usize,
-    /// How many are held by a descriptor where there are no handles. Beyond: `ENFILE`.
-    pub inode_descriptors_hard_max: usize,
     /// Most files and directories open at one time. Beyond: `ENFILE`.
     pub handles_max: usize,
 }
@@ -102,9 +97,8 @@ impl Options {
             shared: CachePolicy::SHARED,
             private_mount: None,
             writeback: false,
-            inodes_max: 2 * 1024 * 1024,
-            inode_descriptors_max: 16 * 1024,
-            inode_descriptors_hard_max: 384 * 1024,
+            // A guest forgets files only when its own memory is short, so they are many.
+            inodes_max: 896 * 1024,
             handles_max: 64 * 1024,
         }
     }
@@ -113,7 +107,7 @@ impl Options {
     #[must_use]
     pub fn descriptors_max(&self) -> usize {
         const WORK_IN_PROGRESS: usize = 1024;
-        self.inode_descriptors_hard_max
+        self.inodes_max
             .saturating_add(self.handles_max)
             .saturating_add(WORK_IN_PROGRESS)
     }

@@ -17,26 +17,21 @@ const THREADS: usize = 2;
 
 #[test]
 fn shared_share_is_like_the_host() {
-    compare(CachePolicy::SHARED, false, usize::MAX);
+    compare(CachePolicy::SHARED, false);
 }
 
 #[test]
 fn private_share_is_like_the_host() {
-    compare(CachePolicy::PRIVATE, false, usize::MAX);
+    compare(CachePolicy::PRIVATE, false);
 }
 
 #[test]
 fn share_with_writeback_is_like_the_host() {
-    compare(CachePolicy::PRIVATE, true, usize::MAX);
-}
-
-#[test]
-fn share_held_by_handles_is_like_the_host() {
-    compare(CachePolicy::SHARED, false, 0);
+    compare(CachePolicy::PRIVATE, true);
 }
 
 /// Runs all checks on the host's file system and on a mount of the server over it.
-fn compare(policy: CachePolicy, writeback: bool, inode_descriptors_max: usize) {
+fn compare(policy: CachePolicy, writeback: bool) {
     if let Some(reason) = unusable() {
         eprintln!("SKIPPED: the server can't be mounted: {reason}");
         return;
@@ -55,7 +50,6 @@ fn compare(policy: CachePolicy, writeback: bool, inode_descriptors_max: usize) {
 
     let options = Options {
         writeback,
-        inode_descriptors_max,
         ..Options::single(directory("/proc/self/fd".as_ref()), policy)
     };
     let server = Arc::new(Server::new(directory(&share), options).unwrap());

@@ -16,6 +16,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::thread::CapabilitySet;
 
 const LOOKUP: u32 = 1;
 const GETATTR: u32 = 3;
@@ -23,6 +24,7 @@ const READLINK: u32 = 5;
 const MKDIR: u32 = 9;
 const UNLINK: u32 = 10;
 const RENAME: u32 = 12;
+const LINK: u32 = 13;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const FORGET: u32 = 2;
@@ -116,9 +118,12 @@ fn directory(path: impl AsRef<Path>) -> OwnedFd {
     openat(CWD, path.as_ref(), flags, Mode::empty()).unwrap()
 }
 
+fn options() -> Options {
+    Options::single(directory("/proc/self/fd"), CachePolicy::SHARED)
+}
+
 fn server(share: &Path) -> Server {
-    let options = Options::single(directory("/proc/self/fd"), CachePolicy::SHARED);
-    Server::new(directory(share), options).unwrap()
+    Server::new(directory(share), options()).unwrap()
 }
 
 /// Runs `test` with a share in a directory that has a secret beside it. In a thread of its own,
@@ -296,6 +301,52 @@ fn more_forgets_than_lookups_do_no_harm() {
         guest.call(FORGET, node, &u64::MAX.to_ne_bytes()).unwrap();
         guest.call(FORGET, ROOT, &u64::MAX.to_ne_bytes()).unwrap();
         assert!(guest.lookup(ROOT, "f").is_ok());
+    });
+}
+
+#[test]
+fn file_beyond_the_limit_is_refused_until_another_is_forgotten() {
+    with_share(|share, _| {
+        for name in ["a", "b"] {
+            fs::write(share.join(name), "").unwrap();
+        }
+        let options = Options {
+            // The root is one of them.
+            inodes_max: 2,
+            ..options()
+        };
+        let server = Server::new(directory(share), options).unwrap();
+        let mut guest = Guest::new(&server);
+        guest.init();
+        let first = guest.lookup(ROOT, "a").unwrap();
+        assert_eq!(guest.lookup(ROOT, "b"), Err(libc::ENFILE));
+        guest.call(FORGET, first, &1_u64.to_ne_bytes()).unwrap();
+        assert!(guest.lookup(ROOT, "b").is_ok());
+    });
+}
+
+#[test]
+fn link_works_without_the_right_to_open_files_by_handle() {
+    with_share(|share, guest| {
+        fs::write(share.join("file"), "").unwrap();
+        symlink("file", share.join("link")).unwrap();
+        let known = ["file", "link"].map(|name| guest.lookup(ROOT, name).unwrap());
+        let mut capabilities = rustix::thread::capabilities(None).unwrap();
+        let by_handle = CapabilitySet::DAC_READ_SEARCH;
+        capabilities.effective.remove(by_handle);
+        rustix::thread::set_capabilities(None, capabilities).unwrap();
+
+        for (node, name) in known.into_iter().zip(["file2", "link2"]) {
+            let mut arguments = node.to_ne_bytes().to_vec();
+            arguments.extend(c_string(name));
+            assert!(guest.call(LINK, ROOT, &arguments).is_ok(), "{name}");
+        }
+
+        let links = rustix::fs::stat(share.join("file2")).unwrap().st_nlink;
+        assert_eq!(links, 2);
+        // Of the link itself, which is not followed.
+        let target = fs::read_link(share.join("link2")).unwrap();
+        assert_eq!(target, Path::new("file"));
     });
 }
 

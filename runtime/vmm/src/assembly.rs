@@ -121,8 +121,7 @@ fn share(jailed: Jailed, cache_ms: u64) -> Result<Arc<Server>, ServerError> {
     let open_files = usize::try_from(jailed.open_files_max).unwrap_or(usize::MAX);
     if open_files < options.descriptors_max() {
         options.handles_max = open_files / 4;
-        options.inode_descriptors_hard_max = open_files / 2;
-        options.inode_descriptors_max = options.inode_descriptors_max.min(open_files / 4);
+        options.inodes_max = open_files / 2;
     }
     Ok(Arc::new(Server::new(jailed.root, options)?))
 }

@@ -26,7 +26,7 @@ impl Server {
         let stat = if request.flags & abi::GETATTR_FH != 0 {
             inodes::stat(self.handles.find(request.fh)?.as_fd())?
         } else {
-            inodes::stat(inode.path()?.as_fd())?
+            inodes::stat(inode.path())?
         };
         reply_attributes(call, &inode, &stat)
     }
@@ -41,7 +41,7 @@ impl Server {
         let stat = if request.getattr_flags & abi::GETATTR_FH != 0 {
             fs::statx(self.handles.find(request.fh)?.as_fd(), c"", flags, mask)?
         } else {
-            fs::statx(inode.path()?.as_fd(), c"", flags, mask)?
+            fs::statx(inode.path(), c"", flags, mask)?
         };
         let (attr_valid, attr_valid_nsec) = seconds(inode.mount.policy.attributes);
         call.reply_with(&StatxOut {
@@ -61,7 +61,7 @@ impl Server {
             0 => None,
             _ => Some(self.handles.find(request.fh)?),
         };
-        let path = inode.path()?;
+        let path = inode.path();
         if request.valid & (set::UID | set::GID) != 0 {
             let uid = (request.valid & set::UID != 0).then_some(request.uid);
             let gid = (request.valid & set::GID != 0).then_some(request.gid);
@@ -70,33 +70,33 @@ impl Server {
                 return Err(Errno::INVAL);
             }
             let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
-            fs::chownat(&path, c"", uid, gid, AtFlags::EMPTY_PATH)?;
+            fs::chownat(path, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if request.valid & set::MODE != 0 {
-            self.chmod(path.as_fd(), inode.kind, request.mode)?;
+            self.chmod(path, inode.kind, request.mode)?;
         }
         if request.valid & set::SIZE != 0 {
             let kill = request.valid & set::KILL_SUIDGID != 0;
             match &handle {
                 Some(handle) => resize(call, handle.as_fd(), request.size, kill)?,
                 None => {
-                    let file = self.reopen_file(&inode, path.as_fd(), OFlags::WRONLY)?;
+                    let file = self.reopen_file(&inode, path, OFlags::WRONLY)?;
                     resize(call, file.as_fd(), request.size, kill)?;
                 }
             }
         }
         if let Some(times) = times(&request) {
-            let name = DecInt::from_fd(&path);
+            let name = DecInt::from_fd(path);
             let descriptors = &self.options.proc_self_fd;
             fs::utimensat(descriptors, name.as_c_str(), &times, AtFlags::empty())?;
         }
-        let stat = inodes::stat(path.as_fd())?;
+        let stat = inodes::stat(path)?;
         reply_attributes(call, &inode, &stat)
     }
 
     pub(crate) fn statfs(&self, call: &mut Call<'_, '_>) -> Result<(), Errno> {
         let inode = self.inodes.find(call.header.nodeid)?;
-        let found = fs::fstatvfs(inode.path()?)?;
+        let found = fs::fstatvfs(inode.path())?;
         let narrow = |wide: u64| u32::try_from(wide).unwrap_or(u32::MAX);
         call.reply_with(&Kstatfs {
             blocks: found.f_blocks,

@@ -20,7 +20,7 @@ impl Server {
         let name = call.arguments.take_name()?;
         let directory = parent.directory()?;
         let mode = Mode::from_raw_mode(request.mode & MODE_BITS);
-        let work = || fs::mkdirat(&directory, name, mode);
+        let work = || fs::mkdirat(directory, name, mode);
         call.worker.as_caller(&call.header, request.umask, work)?;
         self.reply_new_entry(call, &parent, name)
     }
@@ -33,7 +33,7 @@ impl Server {
         let kind = FileType::from_raw_mode(request.mode);
         let mode = Mode::from_raw_mode(request.mode & MODE_BITS);
         let device = decode_device(request.rdev);
-        let work = || fs::mknodat(&directory, name, kind, mode, device);
+        let work = || fs::mknodat(directory, name, kind, mode, device);
         call.worker.as_caller(&call.header, request.umask, work)?;
         self.reply_new_entry(call, &parent, name)
     }
@@ -43,7 +43,7 @@ impl Server {
         let name = call.arguments.take_name()?;
         let target = call.arguments.take_link_target()?;
         let directory = parent.directory()?;
-        let work = || fs::symlinkat(target, &directory, name);
+        let work = || fs::symlinkat(target, directory, name);
         call.worker.as_caller(&call.header, 0, work)?;
         self.reply_new_entry(call, &parent, name)
     }
@@ -59,22 +59,16 @@ impl Server {
             let directory = parent.directory()?;
             let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
             let mode = Mode::from_raw_mode(request.mode & MODE_BITS);
-            let work = || fs::openat2(&directory, name, flags, mode, RESOLVE);
+            let work = || fs::openat2(directory, name, flags, mode, RESOLVE);
             call.worker.as_caller(&call.header, request.umask, work)
         };
         match made {
             Ok(file) => self.reply_created(call, &parent, name, file),
             Err(Errno::EXIST) if request.flags & OFlags::EXCL.bits() == 0 => {
                 let (inode, stat) = self.mention(&parent, name)?;
-                let path = inode.path()?;
+                let path = inode.path();
                 let file = self
-                    .open_with(
-                        call,
-                        &inode,
-                        path.as_fd(),
-                        request.flags,
-                        request.open_flags,
-                    )
+                    .open_with(call, &inode, path, request.flags, request.open_flags)
                     .inspect_err(|_| self.inodes.forget(inode.id, 1))?;
                 let entry = self.entry(&parent, &inode, &stat);
                 call.reply_with(&entry)?;
@@ -93,7 +87,7 @@ impl Server {
         let exclusive = OFlags::from_bits_retain(request.flags) & OFlags::EXCL;
         let flags = self.host_flags(request.flags) | exclusive | OFlags::TMPFILE;
         let mode = Mode::from_raw_mode(request.mode & MODE_BITS);
-        let work = || fs::openat2(&directory, c".", flags, mode, RESOLVE);
+        let work = || fs::openat2(directory, c".", flags, mode, RESOLVE);
         let file = call.worker.as_caller(&call.header, request.umask, work)?;
         self.reply_created(call, &parent, c"", file)
     }

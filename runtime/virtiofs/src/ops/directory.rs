@@ -22,7 +22,7 @@ impl Server {
         let inode = self.inodes.find(call.header.nodeid)?;
         let path = inode.directory()?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = inodes::reopen(&self.options, path.as_fd(), flags)?;
+        let directory = inodes::reopen(&self.options, path, flags)?;
         self.reply_opened(call, &inode, Handle::of_directory(directory))
     }
 

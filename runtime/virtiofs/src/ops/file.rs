@@ -31,14 +31,8 @@ impl Server {
     pub(crate) fn open(&self, call: &mut Call<'_, '_>) -> Result<(), Errno> {
         let request: OpenIn = call.arguments.take()?;
         let inode = self.inodes.find(call.header.nodeid)?;
-        let path = inode.path()?;
-        let file = self.open_with(
-            call,
-            &inode,
-            path.as_fd(),
-            request.flags,
-            request.open_flags,
-        )?;
+        let path = inode.path();
+        let file = self.open_with(call, &inode, path, request.flags, request.open_flags)?;
         self.reply_opened(call, &inode, Handle::of_file(file))
     }
 
@@ -137,7 +131,7 @@ impl Server {
     pub(crate) fn syncfs(&self, call: &mut Call<'_, '_>) -> Result<(), Errno> {
         let inode = self.inodes.find(call.header.nodeid)?;
         let path = inode.directory()?;
-        let directory = inodes::reopen(&self.options, path.as_fd(), OFlags::RDONLY)?;
+        let directory = inodes::reopen(&self.options, path, OFlags::RDONLY)?;
         fs::syncfs(directory)
     }
 

@@ -1,11 +1,12 @@
 //! LOOKUP, UNLINK, RMDIR, RENAME, RENAME2, LINK and READLINK.
 
 use std::ffi::CStr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Statx};
 use rustix::io::Errno;
-use std::os::fd::AsFd;
+use rustix::path::DecInt;
 
 use super::attributes::{attributes, seconds};
 use crate::abi::{EntryOut, LinkIn, Rename2In, RenameIn};
@@ -76,7 +77,7 @@ impl Server {
         let old_name = call.arguments.take_name()?;
         let new_name = call.arguments.take_name()?;
         let (old, new) = (old_parent.directory()?, new_parent.directory()?);
-        let rename = || fs::renameat_with(&old, old_name, &new, new_name, flags);
+        let rename = || fs::renameat_with(old, old_name, new, new_name, flags);
         if flags.contains(RenameFlags::WHITEOUT) {
             // Creates a file, the whiteout.
             call.worker.as_caller(&call.header, 0, rename)
@@ -90,12 +91,14 @@ impl Server {
         let parent = self.inodes.find(call.header.nodeid)?;
         let inode = self.inodes.find(request.oldnodeid)?;
         let name = call.arguments.take_name()?;
+        // To name the file by its descriptor alone (AT_EMPTY_PATH) takes CAP_DAC_READ_SEARCH.
+        let number = DecInt::from_fd(inode.path());
         fs::linkat(
-            inode.path()?,
-            c"",
+            &self.options.proc_self_fd,
+            number.as_c_str(),
             parent.directory()?,
             name,
-            AtFlags::EMPTY_PATH,
+            AtFlags::SYMLINK_FOLLOW,
         )?;
         self.reply_new_entry(call, &parent, name)
     }
@@ -107,7 +110,7 @@ impl Server {
             return Err(Errno::INVAL);
         }
         let mut buffer = [0; TARGET_BYTES_MAX];
-        let length = fs::readlinkat_raw(inode.path()?, c"", &mut buffer)?;
+        let length = fs::readlinkat_raw(inode.path(), c"", &mut buffer)?;
         let target = buffer.get(..length).ok_or(Errno::NAMETOOLONG)?;
         call.reply.write(target)
     }

@@ -4,7 +4,6 @@
 //! thread's current directory is the one of the process's descriptors, and the path is a number.
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
 
 use rustix::fs::{self, XattrFlags};
 use rustix::io::Errno;
@@ -37,13 +36,13 @@ impl Server {
         }
         let value = call.arguments.take_bytes(size)?;
         let flags = XattrFlags::from_bits(request.flags).ok_or(Errno::INVAL)?;
-        let path = inode.path()?;
-        fs::setxattr(DecInt::from_fd(&path).as_c_str(), name, value, flags)?;
+        let path = inode.path();
+        fs::setxattr(DecInt::from_fd(path).as_c_str(), name, value, flags)?;
         if name == ACL_ACCESS && more.setxattr_flags & abi::SETXATTR_ACL_KILL_SGID != 0 {
             const SET_GROUP_ID: u32 = 0o2000;
-            let mode = u32::from(inodes::stat(path.as_fd())?.stx_mode);
+            let mode = u32::from(inodes::stat(path)?.stx_mode);
             if mode & SET_GROUP_ID != 0 {
-                self.chmod(path.as_fd(), inode.kind, mode & !SET_GROUP_ID)?;
+                self.chmod(path, inode.kind, mode & !SET_GROUP_ID)?;
             }
         }
         Ok(())
@@ -53,8 +52,8 @@ impl Server {
         let request: GetxattrIn = call.arguments.take()?;
         let inode = self.inodes.find(call.header.nodeid)?;
         let name = take_name(call)?;
-        let path = inode.path()?;
-        let number = DecInt::from_fd(&path);
+        let path = inode.path();
+        let number = DecInt::from_fd(path);
         reply_value(call, request.size, |buffer| match buffer {
             [] => fs::getxattr_query(number.as_c_str(), name),
             _ => fs::getxattr(number.as_c_str(), name, buffer),
@@ -64,8 +63,8 @@ impl Server {
     pub(crate) fn listxattr(&self, call: &mut Call<'_, '_>) -> Result<(), Errno> {
         let request: GetxattrIn = call.arguments.take()?;
         let inode = self.inodes.find(call.header.nodeid)?;
-        let path = inode.path()?;
-        let number = DecInt::from_fd(&path);
+        let path = inode.path();
+        let number = DecInt::from_fd(path);
         reply_value(call, request.size, |buffer| match buffer {
             [] => fs::listxattr_query(number.as_c_str()),
             _ => fs::listxattr(number.as_c_str(), buffer),
@@ -75,8 +74,8 @@ impl Server {
     pub(crate) fn removexattr(&self, call: &mut Call<'_, '_>) -> Result<(), Errno> {
         let inode = self.inodes.find(call.header.nodeid)?;
         let name = take_name(call)?;
-        let path = inode.path()?;
-        fs::removexattr(DecInt::from_fd(&path).as_c_str(), name)
+        let path = inode.path();
+        fs::removexattr(DecInt::from_fd(path).as_c_str(), name)
     }
 }
 

@@ -1,7 +1,6 @@
 //! The system calls that no safe wrapper is at hand for. Each is one small function; the rest of
 //! the crate, but for [`crate::memory`], has no unsafe code.
 
-pub(crate) mod file_handle;
 pub(crate) mod identity;
 
 use std::os::fd::{IntoRawFd, OwnedFd};

@@ -7,11 +7,11 @@ use super::JailError;
 
 /// What the jailed process keeps.
 ///
-/// `DAC_READ_SEARCH` opens inodes by handle; `SETUID` and `SETGID` create files in the caller's
-/// name; `SETFCAP` lets a package manager in the guest set file capabilities.
+/// `SETUID` and `SETGID` create files in the caller's name; `SETFCAP` lets a package manager in the
+/// guest set file capabilities. Not `DAC_READ_SEARCH`, although it is the lesser of two: it also
+/// opens any file of a file system by its handle, which no mount namespace holds back.
 pub const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
     .union(CapabilitySet::SETGID)

@@ -4,6 +4,9 @@
 //! the process as a whole, in an order that leaves each step the privileges it needs. What concerns
 //! single threads is in [`crate::seccomp`].
 //!
+//! The process stays in the host's user namespace: what keeps it inside the share is that it can name no
+//! other file. So it may neither open files by handle nor mount.
+//!
 //! All of it happens while the process has one thread: namespaces, capabilities and no-new-privs
 //! belong to a thread, and threads made later inherit them.
 

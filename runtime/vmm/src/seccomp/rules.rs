@@ -76,8 +76,6 @@ const FILE_NAMES: &[c_long] = &[
     libc::SYS_linkat,
     libc::SYS_mkdirat,
     libc::SYS_mknodat,
-    libc::SYS_name_to_handle_at,
-    libc::SYS_open_by_handle_at,
     libc::SYS_openat,
     libc::SYS_openat2,
     libc::SYS_readlinkat,

@@ -11,9 +11,9 @@ use nix::unistd::Pid;
 
 use crate::parent::{POWER_OFF, Parent, RESET, SPIN, TRIPLE_FAULT, is_able, proc_value, status_of};
 
-/// {CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP}: bits 0
-/// to 4, 6, 7, 27 and 31 (Linux uapi, capability.h).
-const KEPT_CAPABILITIES: u64 = 0b1101_1111 | 1 << 27 | 1 << 31;
+/// {CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP}: bits 0, 1, 3, 4, 6, 7, 27
+/// and 31 (Linux uapi, capability.h).
+const KEPT_CAPABILITIES: u64 = 0b1101_1011 | 1 << 27 | 1 << 31;
 
 fn sigkill(pid: i32) {
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
