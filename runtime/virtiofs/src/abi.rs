@@ -308,6 +308,7 @@ pub(crate) mod set {
 
 /// Flags in the reply to OPEN, OPENDIR and CREATE.
 pub(crate) mod fopen {
+    pub(crate) const DIRECT_IO: u32 = 1 << 0;
     pub(crate) const KEEP_CACHE: u32 = 1 << 1;
     pub(crate) const CACHE_DIR: u32 = 1 << 3;
     pub(crate) const NOFLUSH: u32 = 1 << 5;

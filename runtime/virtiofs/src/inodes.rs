@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
+use rustix::fs::{self, AtFlags, FileType, FsWord, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
@@ -53,6 +53,8 @@ pub(crate) struct Mount {
     /// would be let in.
     ino_offset: u64,
     place: Place,
+    /// Its files are made as they are read, and their size says nothing.
+    pub(crate) is_generated: bool,
 }
 
 /// Which of the three policies of [`Options`] a mount is under.
@@ -122,6 +124,7 @@ impl Inodes {
             policy: options.root,
             ino_offset: 0,
             place: Place::Root,
+            is_generated: is_generated(root.as_fd()),
         });
         let root = Arc::new(Inode {
             id: ROOT_ID,
@@ -173,11 +176,12 @@ impl Inodes {
         if let Some(known) = self.mention_known(key) {
             return Ok(known);
         }
+        let mount = self.mount(options, parent, name, &file, stat.stx_mnt_id);
         let inode = Arc::new(Inode {
             // Numbers never run out: 2^64 at one in a nanosecond are 500 years.
             id: self.next_id.fetch_add(1, Ordering::Relaxed).wrapping_add(1),
             kind: kind(stat),
-            mount: self.mount(options, parent, name, stat.stx_mnt_id),
+            mount,
             key,
             file,
             lookups: AtomicU64::new(1),
@@ -261,11 +265,20 @@ impl Inodes {
         drop(old);
     }
 
-    /// The mount with this id, on which `name` in `parent` was found.
-    fn mount(&self, options: &Options, parent: &Inode, name: &CStr, id: u64) -> Arc<Mount> {
+    /// The mount with this id, on which `file` was found as `name` in `parent`.
+    fn mount(
+        &self,
+        options: &Options,
+        parent: &Inode,
+        name: &CStr,
+        file: &OwnedFd,
+        id: u64,
+    ) -> Arc<Mount> {
         if parent.mount.id == id {
             return Arc::clone(&parent.mount);
         }
+        // Before the lock is taken: it may ask a server far away.
+        let is_generated = is_generated(file.as_fd());
         let mut mounts = self.lock_mounts();
         if let Some(known) = mounts.get(&id).and_then(Weak::upgrade) {
             return known;
@@ -292,6 +305,7 @@ impl Inodes {
                 false => id.wrapping_sub(self.root.mount.id).wrapping_mul(INO_STRIDE),
             },
             place,
+            is_generated,
         });
         mounts.retain(|_, mount| mount.strong_count() > 0);
         mounts.insert(id, Arc::downgrade(&mount));
@@ -316,6 +330,23 @@ impl Key {
 /// Attributes of an open file, or one held by `O_PATH`.
 pub(crate) fn stat(file: BorrowedFd<'_>) -> Result<Statx, Errno> {
     fs::statx(file, c"", AtFlags::EMPTY_PATH, STATX_MASK)
+}
+
+/// linux/magic.h: file systems of the kernel's own, whose files say that they are empty, or a page
+/// long, and are not.
+const GENERATED: [FsWord; 8] = [
+    0x9fa0,      // proc
+    0x6265_6572, // sysfs
+    0x0027_e0eb, // cgroup
+    0x6367_7270, // cgroup2
+    0x7472_6163, // tracefs
+    0x6462_6720, // debugfs
+    0x7363_6673, // securityfs
+    0x6265_6570, // configfs
+];
+
+fn is_generated(file: BorrowedFd<'_>) -> bool {
+    fs::fstatfs(file).is_ok_and(|found| GENERATED.contains(&found.f_type))
 }
 
 /// The type of a file.

@@ -305,6 +305,28 @@ fn more_forgets_than_lookups_do_no_harm() {
 }
 
 #[test]
+fn file_that_is_made_as_it_is_read_is_not_cut_at_its_size() {
+    const DIRECT_IO: u32 = 1;
+    with_share(|share, guest| {
+        fs::write(share.join("file"), "").unwrap();
+        let file = guest.lookup(ROOT, "file").unwrap();
+        let opened = guest.call(OPEN, file, &[0; 8]).unwrap();
+        assert_eq!(u32_at(&opened, 8) & DIRECT_IO, 0);
+
+        let server = server(Path::new("/proc"));
+        let mut guest = Guest::new(&server);
+        guest.init();
+        let uptime = guest.lookup(ROOT, "uptime").unwrap();
+        let opened = guest.call(OPEN, uptime, &[0; 8]).unwrap();
+        assert_eq!(u32_at(&opened, 8) & DIRECT_IO, DIRECT_IO);
+        let mut arguments = [u64_at(&opened, 0), 0].map(u64::to_ne_bytes).concat();
+        arguments.extend(4096_u32.to_ne_bytes());
+        arguments.resize(40, 0);
+        assert!(!guest.call(READ, uptime, &arguments).unwrap().is_empty());
+    });
+}
+
+#[test]
 fn file_beyond_the_limit_is_refused_until_another_is_forgotten() {
     with_share(|share, _| {
         for name in ["a", "b"] {

@@ -45,7 +45,11 @@ impl Server {
         flags: u32,
         open_flags: u32,
     ) -> Result<OwnedFd, Errno> {
-        let flags = self.host_flags(flags);
+        let mut flags = self.host_flags(flags);
+        if inode.mount.is_generated {
+            // A read of some waits until there is something to tell, with this thread.
+            flags |= OFlags::NONBLOCK;
+        }
         let clears = flags.contains(OFlags::TRUNC) && open_flags & abi::OPEN_KILL_SUIDGID != 0;
         if clears && has_privilege_bits(path)? {
             call.worker
@@ -87,14 +91,13 @@ impl Server {
         inode: &Inode,
         handle: Handle,
     ) -> Result<(), Errno> {
-        let mut open_flags = 0;
-        if inode.mount.policy.contents {
-            open_flags |= fopen::KEEP_CACHE;
-            open_flags |= match inode.kind {
-                FileType::Directory => fopen::CACHE_DIR,
-                _ => fopen::NOFLUSH,
-            };
-        }
+        let open_flags = match (inode.kind, inode.mount.policy.contents) {
+            // The guest reads up to the size that a file has, unless it is told not to keep it.
+            (FileType::RegularFile, _) if inode.mount.is_generated => fopen::DIRECT_IO,
+            (FileType::Directory, true) => fopen::KEEP_CACHE | fopen::CACHE_DIR,
+            (_, true) => fopen::KEEP_CACHE | fopen::NOFLUSH,
+            (_, false) => 0,
+        };
         let fh = self.handles.add(handle, self.options.handles_max)?;
         let opened = OpenOut {
             fh,
