@@ -25,6 +25,9 @@ pub(crate) const STATX_MASK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFla
 /// file systems that number files in parts, such as overlayfs, use the upper bits.
 const INO_STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// The same between those of one device and of another on the same mount.
+const DEVICE_STRIDE: u64 = 0xd1b5_4a32_d192_ed03;
+
 /// One file that the guest knows.
 #[derive(Debug)]
 pub(crate) struct Inode {
@@ -52,6 +55,9 @@ pub(crate) struct Mount {
     /// no POSIX ACLs on them, since their superblocks lack SB_POSIXACL: whom an ACL shuts out
     /// would be let in.
     ino_offset: u64,
+    /// Of the first of its files that was named, as a rule its root. Others have it too, but for
+    /// subvolumes of btrfs and for overlayfs over several file systems.
+    device: Device,
     place: Place,
     /// Its files are made as they are read, and their size says nothing.
     pub(crate) is_generated: bool,
@@ -70,9 +76,12 @@ enum Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     mount: u64,
-    device: (u32, u32),
+    device: Device,
     inode: u64,
 }
+
+/// Major and minor number.
+type Device = (u32, u32);
 
 /// All of them.
 #[derive(Debug)]
@@ -90,9 +99,15 @@ struct Tables {
 }
 
 impl Mount {
-    /// The number by which the guest knows the file with this inode number.
-    pub(crate) fn guest_ino(&self, ino: u64) -> u64 {
+    /// The number by which the guest knows the file with this inode number on this device.
+    pub(crate) fn guest_ino(&self, device: Device, ino: u64) -> u64 {
+        let (major, minor) = device;
+        let device_offset = match device == self.device {
+            true => 0,
+            false => (u64::from(major) << 32 | u64::from(minor)).wrapping_mul(DEVICE_STRIDE),
+        };
         ino.wrapping_add(self.ino_offset)
+            .wrapping_add(device_offset)
     }
 }
 
@@ -100,6 +115,11 @@ impl Inode {
     /// An `O_PATH` descriptor of the file.
     pub(crate) fn path(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// The device it is on.
+    pub(crate) fn device(&self) -> Device {
+        self.key.device
     }
 
     /// As [`Inode::path`], for a directory.
@@ -123,6 +143,7 @@ impl Inodes {
             id: stat.stx_mnt_id,
             policy: options.root,
             ino_offset: 0,
+            device: device(&stat),
             place: Place::Root,
             is_generated: is_generated(root.as_fd()),
         });
@@ -176,7 +197,7 @@ impl Inodes {
         if let Some(known) = self.mention_known(key) {
             return Ok(known);
         }
-        let mount = self.mount(options, parent, name, &file, stat.stx_mnt_id);
+        let mount = self.mount(options, parent, name, &file, stat);
         let inode = Arc::new(Inode {
             // Numbers never run out: 2^64 at one in a nanosecond are 500 years.
             id: self.next_id.fetch_add(1, Ordering::Relaxed).wrapping_add(1),
@@ -265,15 +286,16 @@ impl Inodes {
         drop(old);
     }
 
-    /// The mount with this id, on which `file` was found as `name` in `parent`.
+    /// The mount on which `file` was found as `name` in `parent`.
     fn mount(
         &self,
         options: &Options,
         parent: &Inode,
         name: &CStr,
         file: &OwnedFd,
-        id: u64,
+        stat: &Statx,
     ) -> Arc<Mount> {
+        let id = stat.stx_mnt_id;
         if parent.mount.id == id {
             return Arc::clone(&parent.mount);
         }
@@ -304,6 +326,7 @@ impl Inodes {
                 true => 0,
                 false => id.wrapping_sub(self.root.mount.id).wrapping_mul(INO_STRIDE),
             },
+            device: device(stat),
             place,
             is_generated,
         });
@@ -321,7 +344,7 @@ impl Key {
     fn of(stat: &Statx) -> Self {
         Self {
             mount: stat.stx_mnt_id,
-            device: (stat.stx_dev_major, stat.stx_dev_minor),
+            device: device(stat),
             inode: stat.stx_ino,
         }
     }
@@ -330,6 +353,11 @@ impl Key {
 /// Attributes of an open file, or one held by `O_PATH`.
 pub(crate) fn stat(file: BorrowedFd<'_>) -> Result<Statx, Errno> {
     fs::statx(file, c"", AtFlags::EMPTY_PATH, STATX_MASK)
+}
+
+/// The device that a file is on.
+pub(crate) fn device(stat: &Statx) -> Device {
+    (stat.stx_dev_major, stat.stx_dev_minor)
 }
 
 /// linux/magic.h: file systems of the kernel's own, whose files say that they are empty, or a page
@@ -376,6 +404,23 @@ mod tests {
 
     fn open(path: &CStr) -> OwnedFd {
         fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
+    }
+
+    #[test]
+    fn equal_numbers_on_two_devices_of_a_mount_are_different_to_the_guest() {
+        let options = Options::single(open(c"/proc/self/fd"), CachePolicy::SHARED);
+        let inodes = Inodes::new(open(c"/"), &options).unwrap();
+        let root = inodes.find(ROOT_ID).unwrap();
+        let (major, minor) = root.device();
+        let others = [(major, minor ^ 1), (major ^ 1, minor), (major, minor ^ 2)];
+
+        let mut numbers = others.map(|device| root.mount.guest_ino(device, 256));
+
+        // What is on the device of the mount's root keeps its number.
+        assert_eq!(root.mount.guest_ino(root.device(), 256), 256);
+        assert!(!numbers.contains(&256));
+        numbers.sort_unstable();
+        assert!(numbers.windows(2).all(|pair| pair[0] != pair[1]));
     }
 
     #[test]

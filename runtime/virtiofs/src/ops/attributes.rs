@@ -179,10 +179,15 @@ pub(super) fn seconds(duration: Duration) -> (u64, u32) {
     (duration.as_secs(), duration.subsec_nanos())
 }
 
+fn guest_ino(inode: &Inode, stat: &Statx) -> u64 {
+    let device = inodes::device(stat);
+    inode.mount.guest_ino(device, stat.stx_ino)
+}
+
 /// Attributes as most replies have them.
 pub(super) fn attributes(inode: &Inode, stat: &Statx) -> Attr {
     Attr {
-        ino: inode.mount.guest_ino(stat.stx_ino),
+        ino: guest_ino(inode, stat),
         size: stat.stx_size,
         blocks: stat.stx_blocks,
         atime: stat.stx_atime.tv_sec.cast_unsigned(),
@@ -221,7 +226,7 @@ fn statx_reply(inode: &Inode, stat: &Statx) -> abi::Statx {
         gid: stat.stx_gid,
         mode: stat.stx_mode,
         spare0: 0,
-        ino: inode.mount.guest_ino(stat.stx_ino),
+        ino: guest_ino(inode, stat),
         size: stat.stx_size,
         blocks: stat.stx_blocks,
         attributes_mask: stat.stx_attributes_mask.bits(),

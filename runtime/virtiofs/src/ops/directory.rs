@@ -78,7 +78,8 @@ impl Server {
                 ino: match name.to_bytes() {
                     // What is above the share is none of the guest's business.
                     b".." if inode.id == abi::ROOT_ID => abi::ROOT_ID,
-                    _ => inode.mount.guest_ino(entry.ino()),
+                    // Of other devices, it is known only once they are looked up.
+                    _ => inode.mount.guest_ino(inode.device(), entry.ino()),
                 },
                 off: entry.next_entry_cookie(),
                 namelen: u32::try_from(name.count_bytes()).map_err(|_| Errno::NAMETOOLONG)?,
