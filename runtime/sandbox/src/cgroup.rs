@@ -41,6 +41,23 @@ pub(crate) fn create(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Moves this process into it; answers with where it has been.
+pub(crate) fn enter(path: &Path) -> io::Result<PathBuf> {
+    let own = fs::read_to_string("/proc/self/cgroup")?;
+    let left = own.lines().find_map(|line| line.strip_prefix("0::/"));
+    let left = Path::new(CGROUP_ROOT).join(left.unwrap_or_default());
+    fs::write(path.join("cgroup.procs"), "0")?;
+    Ok(left)
+}
+
+/// Moves this process back to where it has been, or at least out of what is to be removed.
+pub(crate) fn go_back(left: &Path) -> io::Result<()> {
+    match enter(left) {
+        Err(_) => enter(Path::new(CGROUP_ROOT)).map(drop),
+        Ok(_) => Ok(()),
+    }
+}
+
 /// Removes it, and the default parent if that is empty. Nothing there is no error. What still runs in
 /// it is killed: a VMM whose shim died before it wrote down whom it had started.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {

@@ -49,8 +49,9 @@ pub struct SandboxConfig {
     /// Network devices beyond those of the interfaces that are there now, for interfaces that come
     /// later.
     pub spare_net_devices: usize,
-    /// A cgroup v2 directory below which the VMM's own is made; none: `/sys/fs/cgroup/husk`. Where
-    /// the host has no cgroup v2, the VMM stays in the caller's cgroup.
+    /// A cgroup v2 directory for all of the pod, below which one is made that the VMM and the caller
+    /// join; none: the VMM's own is in `/sys/fs/cgroup/husk`. Where the host has no cgroup v2, the
+    /// VMM stays in the caller's cgroup.
     pub cgroup: Option<PathBuf>,
 }
 
@@ -70,6 +71,8 @@ pub struct Sandbox {
     timings: StartTimings,
     containers: Mutex<Containers>,
     memory_volumes: Mutex<MemoryVolumes>,
+    /// The cgroup that this process has left for the pod's.
+    left_cgroup: Mutex<Option<PathBuf>>,
 }
 
 /// What the agent said of itself and its guest.
@@ -181,6 +184,7 @@ impl Sandbox {
             ports: AtomicU32::new(STREAM_PORT_MIN),
             containers: Mutex::default(),
             memory_volumes: Mutex::new(MemoryVolumes::new(&config.id)),
+            left_cgroup: Mutex::new(enter_cgroup(config, record.cgroup.as_deref())),
         })
     }
 
@@ -252,8 +256,20 @@ impl Sandbox {
             }
         }
         self.containers().clear();
+        self.leave_cgroup();
         let state = self.state.clone();
         in_background(move || cleanup::remove_all(&state)).await
+    }
+
+    /// What is left in the cgroup as it is removed is killed, this process as well.
+    fn leave_cgroup(&self) {
+        let left = self.left_cgroup.lock();
+        let left = left.unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(left) = left
+            && let Err(error) = cgroup::go_back(&left)
+        {
+            tracing::error!(%error, "this process can't leave the pod's cgroup");
+        }
     }
 
     pub(crate) fn containers(&self) -> MutexGuard<'_, Containers> {
@@ -339,6 +355,19 @@ fn make_cgroup(config: &SandboxConfig, state: &StateDir) -> Result<Option<PathBu
             path,
             source,
         }),
+    }
+}
+
+/// Moves this process beside the VMM where the caller has a cgroup for all of the pod. The last step of
+/// a start: one that fails removes the cgroup with all that is in it.
+fn enter_cgroup(config: &SandboxConfig, cgroup: Option<&Path>) -> Option<PathBuf> {
+    config.cgroup.as_ref()?;
+    match cgroup::enter(cgroup?) {
+        Ok(left) => Some(left),
+        Err(error) => {
+            tracing::warn!(%error, "the pod's cgroup does not account for this process");
+            None
+        }
     }
 }
 

@@ -104,6 +104,9 @@ pub(super) fn two_containers(ctr: &Ctr) -> Result<()> {
         limits_and_figures(kubelet, &pod.id, &b)?;
         let events = fs::read_to_string(cgroup.directory().join("cgroup.events"))?;
         ensure!(events.contains("populated 1"), "the pod's cgroup is empty");
+        if ctr.is_husk() {
+            holds_all(&cgroup.directory())?;
+        }
 
         kubelet.cri.stop_container(&a, 0)?;
         ensure!(kubelet.stopped(&a)? == 137, "it was not killed");
@@ -126,6 +129,24 @@ pub(super) fn two_containers(ctr: &Ctr) -> Result<()> {
         );
         Ok(())
     })
+}
+
+/// Kubernetes accounts for all of a pod by its cgroup.
+fn holds_all(cgroup: &Path) -> Result<()> {
+    let below = cgroup.strip_prefix("/sys/fs/cgroup")?.display().to_string();
+    for program in ["husk-vmm", "containerd-shim-husk-v2"] {
+        let mut all = host::Process::all()?;
+        all.retain(|process| process.is(program));
+        ensure!(!all.is_empty(), "there is no {program}");
+        for process in all {
+            let place = fs::read_to_string(format!("/proc/{}/cgroup", process.pid))?;
+            ensure!(
+                place.contains(&format!("/{below}/")),
+                "{program} is in {place:?}"
+            );
+        }
+    }
+    Ok(())
 }
 
 fn limits_and_figures(kubelet: &Kubelet, pod: &str, container: &str) -> Result<()> {
