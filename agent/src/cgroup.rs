@@ -124,10 +124,13 @@ impl Cgroup {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(failed(error)),
         }
-        Ok(Cgroup {
+        let cgroup = Cgroup {
             path,
             watch: Arc::default(),
-        })
+        };
+        // What a container makes below can be looked through, and removed.
+        cgroup.write("cgroup.max.depth", &DEPTH_MAX.to_string())?;
+        Ok(cgroup)
     }
 
     /// Its directory.
@@ -223,11 +226,16 @@ impl Cgroup {
         self.write("cgroup.kill", "1")
     }
 
-    /// Stops every process, or lets them go on; returns once that is so.
+    /// Stops every process, or lets them go on; returns once that is so. If not all of them can be
+    /// stopped, all go on.
     pub async fn freeze(&self, is_wanted: bool) -> Result<(), CgroupError> {
         self.write("cgroup.freeze", if is_wanted { "1" } else { "0" })?;
         let state = if is_wanted { "frozen" } else { "thawed" };
-        self.settle("frozen", u64::from(is_wanted), state).await
+        let settled = self.settle("frozen", u64::from(is_wanted), state).await;
+        if settled.is_err() && is_wanted {
+            self.write("cgroup.freeze", "0")?;
+        }
+        settled
     }
 
     /// Returns once no process is in it or below it.

@@ -32,15 +32,20 @@ pub struct Reaper {
 #[derive(Debug, Default)]
 struct Table {
     watched: HashMap<i32, watch::Sender<Option<Exit>>>,
-    launches: usize,
-    /// Exits that may belong to a launch under way.
-    unclaimed: HashMap<i32, Exit>,
+    /// Exits so far.
+    recorded: u64,
+    /// How many there were as each launch under way began.
+    launches: Vec<u64>,
+    /// Exits that may belong to a launch under way, with their number. Pids come again: an exit from
+    /// before a launch is none of its.
+    unclaimed: HashMap<i32, (u64, Exit)>,
 }
 
 /// A launch under way; see [`Reaper::expect`].
 #[derive(Debug)]
 pub struct Expectation {
     reaper: Arc<Reaper>,
+    since: u64,
 }
 
 impl Reaper {
@@ -62,9 +67,13 @@ impl Reaper {
 
     /// Keeps exits of processes not yet known, until the expectation is dropped.
     pub fn expect(self: &Arc<Self>) -> Expectation {
-        self.lock().launches += 1;
+        let mut table = self.lock();
+        let since = table.recorded;
+        table.launches.push(since);
+        drop(table);
         Expectation {
             reaper: Arc::clone(self),
+            since,
         }
     }
 
@@ -97,10 +106,12 @@ impl Reaper {
 
     fn record(&self, pid: i32, exit: Exit) {
         let mut table = self.lock();
+        let number = table.recorded;
+        table.recorded += 1;
         if let Some(watcher) = table.watched.remove(&pid) {
             watcher.send_replace(Some(exit));
-        } else if table.launches > 0 {
-            table.unclaimed.insert(pid, exit);
+        } else if !table.launches.is_empty() {
+            table.unclaimed.insert(pid, (number, exit));
         }
     }
 
@@ -116,7 +127,10 @@ impl Expectation {
     /// Watches a child that was born since the expectation, whether it has ended already or not.
     pub fn claim(&self, pid: i32) -> watch::Receiver<Option<Exit>> {
         let mut table = self.reaper.lock();
-        let exit = table.unclaimed.remove(&pid);
+        let exit = table
+            .unclaimed
+            .remove(&pid)
+            .and_then(|(number, exit)| (number >= self.since).then_some(exit));
         let (sender, receiver) = watch::channel(exit);
         if exit.is_none() {
             table.watched.insert(pid, sender);
@@ -128,9 +142,13 @@ impl Expectation {
 impl Drop for Expectation {
     fn drop(&mut self) {
         let mut table = self.reaper.lock();
-        table.launches -= 1;
-        if table.launches == 0 {
-            table.unclaimed.clear();
+        let own = table.launches.iter().position(|since| *since == self.since);
+        if let Some(own) = own {
+            table.launches.swap_remove(own);
+        }
+        match table.launches.iter().min().copied() {
+            Some(oldest) => table.unclaimed.retain(|_, (number, _)| *number >= oldest),
+            None => table.unclaimed.clear(),
         }
     }
 }
@@ -179,6 +197,19 @@ mod tests {
         let reaper = Arc::new(Reaper::default());
         reaper.record(5, EXIT);
         assert_eq!(*reaper.expect().claim(5).borrow(), None);
+    }
+
+    #[test]
+    fn exit_from_before_a_launch_is_none_of_its() {
+        let reaper = Arc::new(Reaper::default());
+        let earlier = reaper.expect();
+        reaper.record(5, EXIT);
+        let later = reaper.expect();
+        assert_eq!(*later.claim(5).borrow(), None);
+
+        reaper.record(6, EXIT);
+        drop(earlier);
+        assert_eq!(*later.claim(6).borrow(), Some(EXIT));
     }
 
     #[test]

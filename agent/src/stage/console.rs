@@ -1,17 +1,15 @@
 //! The process's three streams: pipes as given, or a terminal made inside the container.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 
-use super::mounts::{bind_onto, open_here};
+use super::mounts::{bind_onto, open_name};
 use super::{OrFail, Step};
 use crate::oci::Process;
 use crate::plan::{self, Report};
@@ -49,8 +47,7 @@ pub(super) fn attach(channel: BorrowedFd<'_>, process: &Process, name_console: b
     rustix::fs::fchown(&slave, owner, None::<Gid>).or_fail(step)?;
     if name_console {
         let step = || "bind the terminal on /dev/console".to_owned();
-        let name = rustix::pty::ptsname(&master, Vec::new()).or_fail(step)?;
-        bind_console(Path::new(OsStr::from_bytes(name.as_bytes()))).or_fail(step)?;
+        bind_console(slave.as_fd()).or_fail(step)?;
     }
     plan::send(channel, &Report::Console, &[master.as_fd()])
         .or_fail(|| "hand the terminal to the agent".into())?;
@@ -67,12 +64,13 @@ fn open_master() -> io::Result<OwnedFd> {
     }
 }
 
-fn bind_console(slave: &Path) -> io::Result<()> {
+/// A link in that place would lead to where the image likes, and is refused by the kernel.
+fn bind_console(slave: BorrowedFd<'_>) -> io::Result<()> {
     let console = Path::new("/dev/console");
     if std::fs::symlink_metadata(console).is_err() {
         File::create_new(console)?;
     }
-    bind_onto(slave, open_here(console)?.as_fd())
+    bind_onto(slave, open_name(console)?.as_fd())
 }
 
 /// Marks every descriptor but the standard streams, so that none of the stage's survives.

@@ -260,9 +260,19 @@ pub(super) fn fd_path(fd: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
-/// Binds a tree of the agent's onto a place in the container.
-pub(super) fn bind_onto(source: &Path, target: BorrowedFd<'_>) -> io::Result<()> {
-    move_onto(clone_tree(source, Depth::Single)?.as_fd(), target)
+/// Binds a file that is open onto a place in the container.
+pub(super) fn bind_onto(source: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = rustix::mount::open_tree(source, "", flags)?;
+    move_onto(tree.as_fd(), target)
+}
+
+/// Opens what has this very name in the stage's own view: a link itself, not what it leads to.
+pub(super) fn open_name(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
 /// Opens a path of the stage's own view.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, Uid, makedev};
 use rustix::io::Errno;
 
-use super::mounts::{Kind, bind_onto, exists_in, open_in, open_or_create};
+use super::mounts::{Kind, bind_onto, exists_in, open_here, open_in, open_or_create};
 use super::{OrFail, Step, refusal};
 use crate::oci::{Device, Spec};
 
@@ -208,7 +208,7 @@ fn bind_node(root: BorrowedFd<'_>, device: &Device) -> io::Result<()> {
         return Err(Errno::PERM.into());
     };
     let target = open_or_create(root, &device.path, Kind::File)?;
-    bind_onto(&own.path, target.as_fd())
+    bind_onto(open_here(&own.path)?.as_fd(), target.as_fd())
 }
 
 const MODE_BITS: u32 = 0o7777;

@@ -2,13 +2,17 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MsFlags, mount};
+use rustix::fs::FileType;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen,
+};
 
-use super::mounts::{Attributes, Depth, bind_onto, clone_tree, fd_path, move_onto, open_here};
+use super::mounts::{Attributes, Depth, bind_onto, clone_tree, move_onto, open_here, open_name};
 use super::{OrFail, Step, refusal};
 use crate::oci::Spec;
 
@@ -46,54 +50,59 @@ fn sysctl_path(key: &str) -> Step<PathBuf> {
 /// Makes a path read-only, but nothing that is mounted below it; one that is not there needs
 /// nothing.
 pub(super) fn make_readonly(path: &Path) -> Step {
-    let make = || -> io::Result<()> {
-        let tree = clone_tree(path, Depth::Recursive)?;
-        move_onto(tree.as_fd(), open_here(path)?.as_fd())?;
-        Attributes::READ_ONLY.apply(tree.as_fd(), Depth::Single)
+    let made = match clone_tree(path, Depth::Recursive) {
+        Err(error) if is_absence(&error) => Ok(()),
+        Err(error) => Err(error),
+        Ok(tree) => open_here(path)
+            .and_then(|target| move_onto(tree.as_fd(), target.as_fd()))
+            .and_then(|()| Attributes::READ_ONLY.apply(tree.as_fd(), Depth::Single)),
     };
-    unless_absent(make()).or_fail(|| format!("make {} read-only", path.display()))
+    made.or_fail(|| format!("make {} read-only", path.display()))
 }
 
-/// Hides a path: a directory looks empty, a file is /dev/null.
+/// Hides a path: a directory looks empty, a file is /dev/null. One that is not there needs nothing.
 pub(super) fn mask(path: &Path) -> Step {
-    unless_absent(try_mask(path)).or_fail(|| format!("mask {}", path.display()))
+    let hide = |target: OwnedFd| match file_type(target.as_fd())? {
+        FileType::Directory => move_onto(empty_directory()?.as_fd(), target.as_fd()),
+        _ => bind_onto(null_device()?.as_fd(), target.as_fd()),
+    };
+    let hidden = match open_here(path) {
+        Err(error) if is_absence(&error) => Ok(()),
+        target => target.and_then(hide),
+    };
+    hidden.or_fail(|| format!("mask {}", path.display()))
 }
 
-fn try_mask(path: &Path) -> io::Result<()> {
-    let target = open_here(path)?;
-    let is_dir = std::fs::metadata(fd_path(target.as_fd()))?.is_dir();
-    if is_dir {
-        let data = Some("size=0k,nr_inodes=2");
-        let flags = MsFlags::MS_RDONLY;
-        mount(
-            Some("tmpfs"),
-            &fd_path(target.as_fd()),
-            Some("tmpfs"),
-            flags,
-            data,
-        )?;
-        return Ok(());
-    }
-    // The image might have put something else in its place.
-    let null = std::fs::symlink_metadata("/dev/null")?;
-    if !null.file_type().is_char_device() || null.rdev() != rustix::fs::makedev(1, 3) {
+/// A read-only directory that is mounted nowhere yet.
+fn empty_directory() -> io::Result<OwnedFd> {
+    let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&tmpfs, "size", "0")?;
+    fsconfig_set_string(&tmpfs, "nr_inodes", "2")?;
+    fsconfig_create(&tmpfs)?;
+    let read_only = MountAttrFlags::MOUNT_ATTR_RDONLY;
+    Ok(fsmount(&tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, read_only)?)
+}
+
+/// /dev/null, in whose place the image or another container might have put something else.
+fn null_device() -> io::Result<OwnedFd> {
+    let null = open_name(Path::new("/dev/null"))?;
+    let stat = rustix::fs::fstat(&null)?;
+    let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
+    if !is_device || stat.st_rdev != rustix::fs::makedev(1, 3) {
         return Err(io::Error::other("/dev/null is not the null device"));
     }
-    bind_onto(Path::new("/dev/null"), target.as_fd())
+    Ok(null)
 }
 
-fn unless_absent(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-            ) =>
-        {
-            Ok(())
-        }
-        other => other,
-    }
+fn file_type(fd: BorrowedFd<'_>) -> io::Result<FileType> {
+    Ok(FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode))
+}
+
+fn is_absence(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
 }
 
 #[cfg(test)]
