@@ -26,7 +26,8 @@ pub(crate) fn place(parent: Option<&Path>, namespace: &str, id: &str) -> Option<
         return None;
     }
     let parent = parent.unwrap_or(Path::new(DEFAULT_PARENT));
-    Some(parent.join(format!("husk-{namespace}-{id}")))
+    // A character that no name has: else two pairs of names could make one.
+    Some(parent.join(format!("husk@{namespace}@{id}")))
 }
 
 /// Makes it, with its parents.
@@ -101,6 +102,14 @@ fn empty(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pods_of_different_names_have_different_places() {
+        let parent = Some(Path::new("/parent"));
+        if let Some(one) = place(parent, "ci", "prod-web") {
+            assert_ne!(Some(one), place(parent, "ci-prod", "web"));
+        }
+    }
 
     #[test]
     fn removal_of_nothing_is_no_error() {

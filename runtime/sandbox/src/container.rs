@@ -91,6 +91,7 @@ impl Sandbox {
             &request.io,
             request.spec.process().as_ref().is_some_and(has_terminal),
         )?;
+        let _creating = self.creating.read().await;
         if let Some(end) = self.vmm.end() {
             return Err(ContainerError::VmGone(end));
         }
@@ -114,6 +115,7 @@ impl Sandbox {
             io,
         } = request;
         let hooks = Lifecycle::of(&spec, &id, &bundle)?;
+        let oom_score = spec.process().as_ref().and_then(Process::oom_score_adj);
         let mut guest = guest_spec(spec, &id, self.vmm_pid(), &mut self.memory_volumes())?;
         self.join_pod(&mut guest).await?;
         let joins_pids = guest.joins_pids;
@@ -142,6 +144,9 @@ impl Sandbox {
         };
         let created = created.await;
         if let Ok(pid) = created {
+            if let Some(score) = oom_score {
+                self.vmm.take_oom_score(score);
+            }
             let mut containers = self.containers();
             containers.keep_hooks(&id, hooks);
             if !joins_pids {

@@ -6,7 +6,9 @@
 
 mod options;
 
+use std::ffi::OsString;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::{fs, io, thread};
 
@@ -176,8 +178,9 @@ const STACKED_MOUNTS_MAX: u32 = 4096;
 
 /// Mount points at and below a directory, outer ones first.
 pub(crate) fn mount_points_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut points: Vec<_> = fs::read_to_string("/proc/thread-self/mountinfo")?
-        .lines()
+    // Paths of others' mounts may be in any encoding.
+    let mut points: Vec<_> = fs::read("/proc/thread-self/mountinfo")?
+        .split(|byte| *byte == b'\n')
         .filter_map(mount_point)
         .filter(|point| point.starts_with(directory))
         .collect();
@@ -186,18 +189,18 @@ pub(crate) fn mount_points_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// The mount point in a line of proc_pid_mountinfo(5).
-fn mount_point(line: &str) -> Option<PathBuf> {
-    let escaped = line.split(' ').nth(4)?;
-    let mut path = String::with_capacity(escaped.len());
-    let mut rest = escaped;
-    while let Some((before, after)) = rest.split_once('\\') {
-        let (digits, behind) = after.split_at_checked(OCTAL_DIGITS)?;
-        path.push_str(before);
-        path.push(u8::from_str_radix(digits, 8).ok()?.into());
+fn mount_point(line: &[u8]) -> Option<PathBuf> {
+    let mut rest = line.split(|byte| *byte == b' ').nth(4)?;
+    let mut path = Vec::with_capacity(rest.len());
+    while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
+        let (before, after) = rest.split_at(at);
+        let (digits, behind) = after.get(1..)?.split_at_checked(OCTAL_DIGITS)?;
+        path.extend_from_slice(before);
+        path.push(u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok()?);
         rest = behind;
     }
-    path.push_str(rest);
-    Some(path.into())
+    path.extend_from_slice(rest);
+    Some(OsString::from_vec(path).into())
 }
 
 /// Space, tab, newline and backslash are written as three octal digits.

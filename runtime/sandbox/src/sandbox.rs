@@ -67,6 +67,8 @@ pub struct Sandbox {
     pub(crate) agent: Agent,
     /// The next port for a stream. Never counts back.
     pub(crate) ports: AtomicU32,
+    /// Read by all that mount something, so that the end can wait for them.
+    pub(crate) creating: tokio::sync::RwLock<()>,
     guest: GuestInfo,
     timings: StartTimings,
     containers: Mutex<Containers>,
@@ -182,6 +184,7 @@ impl Sandbox {
             network: tokio::sync::Mutex::new(devices),
             agent,
             ports: AtomicU32::new(STREAM_PORT_MIN),
+            creating: tokio::sync::RwLock::default(),
             containers: Mutex::default(),
             memory_volumes: Mutex::new(MemoryVolumes::new(&config.id)),
             left_cgroup: Mutex::new(enter_cgroup(config, record.cgroup.as_deref())),
@@ -254,6 +257,12 @@ impl Sandbox {
             if timeout(deadline, powered_off).await.is_err() {
                 self.vmm.stop(STOP_DEADLINE).await;
             }
+        }
+        // Whoever comes later finds the virtual machine gone.
+        let creating = timeout(CREATES_DEADLINE, self.creating.write()).await;
+        if creating.is_err() {
+            let id = self.state.path().display();
+            tracing::warn!(%id, "a container is still being made as its pod is removed");
         }
         self.containers().clear();
         self.leave_cgroup();
@@ -409,6 +418,10 @@ const PANIC_BYTES_MAX: u64 = 16 * 1024;
 
 /// What Linux says first as it panics.
 const PANIC: &[u8] = b"Kernel panic - not syncing";
+
+/// For containers that are being made to fail, once their virtual machine has gone. A hook or a host
+/// directory may hold them up.
+const CREATES_DEADLINE: Duration = Duration::from_secs(10);
 
 /// For the VMM to end when it is asked to.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);

@@ -21,6 +21,7 @@ use std::{fs, io};
 use serde::{Deserialize, Serialize};
 
 use crate::process::Identity;
+use crate::remove::remove_tree;
 use crate::{StartError, mounts};
 
 /// Longest name of a namespace or an id: containerd's own limit.
@@ -119,11 +120,7 @@ impl StateDir {
     /// Removes the directory, in which nothing is mounted any more, and its parents if they are
     /// empty.
     pub(crate) fn remove(&self) -> io::Result<()> {
-        match fs::remove_dir_all(&self.path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
+        remove_tree(&self.path)?;
         for parent in self.path.ancestors().skip(1) {
             // Not empty, or gone: somebody else's business in either case.
             if !parent.starts_with(&self.root) || fs::remove_dir(parent).is_err() {

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use std::{fs, io};
 
@@ -17,6 +18,7 @@ use tokio::time::timeout;
 use crate::control::{CallError, Control, LastWord, Launched, Reader, StreamEnd};
 use crate::error::{VmEnd, cap_text, describe};
 use crate::netns::{Netns, on_thread};
+use crate::oom_score::OomScore;
 use crate::process::{Child, Ending};
 use crate::state::StateDir;
 use crate::{SandboxConfig, StartError};
@@ -38,6 +40,8 @@ pub(crate) struct Vmm {
     child: Child,
     pid: i32,
     ended: watch::Receiver<Option<VmEnd>>,
+    /// None where it could not be set.
+    oom_score: Mutex<Option<OomScore>>,
 }
 
 /// A VMM that nobody has heard of yet.
@@ -181,11 +185,14 @@ impl Spawned {
             tell_end.send_replace(Some(end));
         });
         tokio::spawn(async move { first.wait().await });
+        let oom_score = OomScore::of(jailed.pid)
+            .inspect_err(|error| tracing::warn!(%error, "the VMM keeps containerd's OOM score"));
         Vmm {
             control: self.control,
             child,
             pid: jailed.pid,
             ended,
+            oom_score: Mutex::new(oom_score.ok()),
         }
     }
 
@@ -214,6 +221,18 @@ impl Drop for Vmm {
 impl Vmm {
     pub(crate) fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Takes the OOM score of one of its containers: see [`OomScore`].
+    pub(crate) fn take_oom_score(&self, wanted: i32) {
+        let mut score = self
+            .oom_score
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let taken = score.as_mut().map_or(Ok(()), |score| score.take(wanted));
+        if let Err(error) = taken {
+            tracing::warn!(%error, wanted, "the VMM does not have its containers' OOM score");
+        }
     }
 
     /// Runs the guest.

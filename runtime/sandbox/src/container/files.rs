@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::hooks::StagedRoot;
 use crate::mounts::{self, Volume};
+use crate::remove::remove_tree;
 use crate::spec::GuestSpec;
 use crate::state::StateDir;
 use crate::{ContainerError, HookError, MountError, RootfsMount};
@@ -111,12 +112,7 @@ impl ContainerFiles {
             }
         }
         for directory in [&self.layout, &self.staging] {
-            match fs::remove_dir_all(directory) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(state_error("remove", directory, error));
-                }
-                _ => {}
-            }
+            remove_tree(directory).map_err(|error| state_error("remove", directory, error))?;
         }
         Ok(())
     }

@@ -2,14 +2,15 @@ use super::*;
 
 #[test]
 fn escaped_mount_point_is_read() {
-    let line = r"36 35 98:0 /x /run/a\040b\134c rw shared:1 - ext4 /dev/sda rw";
-    assert_eq!(mount_point(line), Some(PathBuf::from(r"/run/a b\c")));
+    let line = b"36 35 98:0 /x /run/a\\040b\\134c\xff rw shared:1 - ext4 /dev/sda rw";
+    let path = OsString::from_vec(b"/run/a b\\c\xff".to_vec());
+    assert_eq!(mount_point(line), Some(PathBuf::from(path)));
 }
 
 #[test]
 fn garbled_mountinfo_is_skipped() {
     for line in ["", "1 2 3", r"1 2 3 / /a\0", r"1 2 3 / /a\999"] {
-        assert_eq!(mount_point(line), None, "{line}");
+        assert_eq!(mount_point(line.as_bytes()), None, "{line}");
     }
 }
 
@@ -67,7 +68,7 @@ pub(crate) mod real {
         fs::read_to_string("/proc/thread-self/mountinfo")
             .unwrap()
             .lines()
-            .filter_map(mount_point)
+            .filter_map(|line| mount_point(line.as_bytes()))
             .filter(|point| point.starts_with(directory))
             .collect()
     }
