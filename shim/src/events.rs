@@ -31,6 +31,10 @@ const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
 /// How long events wait for a containerd that is away when this process wants to end.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long a socket that refuses connections is left alone, if nothing happens beside it: containerd
+/// may be there and have too much to do.
+const RECONNECT_DELAY: Duration = Duration::from_secs(2);
+
 /// Most events that wait for containerd; the oldest are dropped beyond it.
 const QUEUE_MAX: usize = 4096;
 
@@ -159,13 +163,19 @@ async fn forward_all(mut items: mpsc::UnboundedReceiver<Item>, address: &Path, n
             }
             client = None;
             waiting.push_front(Item::Event(event));
-            while let Ok(more) = items.try_recv() {
-                waiting.push_back(more);
-            }
-            while waiting.len() > QUEUE_MAX {
-                tracing::error!(event = ?waiting.pop_front(), "dropped: too many events wait");
-            }
-            if let Err(error) = socket_appears(address).await {
+            let appeared = socket_appears(address);
+            tokio::pin!(appeared);
+            let appeared = loop {
+                tokio::select! {
+                    appeared = &mut appeared => break appeared,
+                    // Whoever publishes lives as long as this process.
+                    Some(more) = items.recv() => waiting.push_back(more),
+                }
+                while waiting.len() > QUEUE_MAX {
+                    tracing::error!(event = ?waiting.pop_front(), "dropped: too many events wait");
+                }
+            };
+            if let Err(error) = appeared {
                 tracing::error!(%error, ?address, "events are lost: cannot watch for containerd");
                 waiting.clear();
             }
@@ -224,7 +234,11 @@ async fn socket_appears(address: &Path) -> io::Result<()> {
         if tokio::net::UnixStream::connect(address).await.is_ok() {
             return Ok(());
         }
-        let mut ready = watch.readable().await?;
+        let readable = tokio::time::timeout(RECONNECT_DELAY, watch.readable());
+        let Ok(ready) = readable.await else {
+            continue;
+        };
+        let mut ready = ready?;
         while rustix::io::read(watch.get_ref(), &mut buffer).is_ok_and(|count| count > 0) {}
         ready.clear_ready();
     }
@@ -276,6 +290,33 @@ mod tests {
             let next = tokio::time::timeout(DEADLINE, told.recv()).await;
             assert_eq!(next.unwrap(), Some(pid));
         }
+    }
+
+    /// Between bind(2), which the publisher sees, and listen(2) it must not lose patience for ever.
+    #[tokio::test]
+    async fn events_reach_a_socket_that_listens_late() {
+        use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, listen, socket};
+        let directory = tempfile::tempdir().unwrap();
+        let address = directory.path().join("ttrpc");
+        let (pids, mut told) = mpsc::unbounded_channel();
+        let publisher = Publisher::to_containerd(address.clone(), "n".to_owned());
+        let early = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        bind(&early, &SocketAddrUnix::new(&address).unwrap()).unwrap();
+        let mut exit = TaskExit::new();
+        exit.set_pid(7);
+        publisher.publish(Event::Exit(exit));
+        // It tries, is refused, and waits.
+        for _ in 0..16 {
+            tokio::task::yield_now().await;
+        }
+
+        listen(&early, 16).unwrap();
+        let mut server = Server::new()
+            .add_listener(Listener::try_from(UnixListener::from(early)).unwrap())
+            .register_service(create_events(Arc::new(Containerd { pids })));
+        server.start().await.unwrap();
+
+        expect(&mut told, 7..8).await;
     }
 
     #[tokio::test]

@@ -1,12 +1,12 @@
 //! The server of one pod: the Task service over ttrpc, on the socket that `start` has made.
 
 use std::collections::HashMap;
-use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
+use std::{fs, io};
 
 use anyhow::Context;
 use async_trait::async_trait;
@@ -46,6 +46,9 @@ const STATUS_KILLED: u32 = 137;
 pub(crate) fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let served_us = monotonic_us();
     log::init(arguments.debug);
+    if let Err(error) = adjust_oom_score() {
+        tracing::warn!(%error, "this process keeps containerd's OOM score");
+    }
     let served = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -55,6 +58,16 @@ pub(crate) fn serve(arguments: Arguments) -> anyhow::Result<()> {
         tracing::error!("{error:#}");
     }
     served
+}
+
+/// Makes the host's kernel kill this process before containerd, whose score it has inherited, when it
+/// runs out of memory (proc(5), `oom_score_adj`). containerd's own shims do so.
+fn adjust_oom_score() -> io::Result<()> {
+    const PATH: &str = "/proc/self/oom_score_adj";
+    const MAX: i32 = 1000;
+    let score = fs::read_to_string(PATH)?;
+    let score: i32 = score.trim().parse().map_err(io::Error::other)?;
+    fs::write(PATH, score.saturating_add(1).min(MAX).to_string())
 }
 
 async fn serve_pod(arguments: Arguments, served_us: u64) -> anyhow::Result<()> {
