@@ -59,6 +59,7 @@ def parse_arguments():
     parser.add_argument("--tty", action="store_true", help="give the command a terminal")
     parser.add_argument("--image", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--dist", help=argparse.SUPPRESS)
+    parser.add_argument("--preload", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("command", nargs="*", metavar="COMMAND")
     options = parser.parse_args()
@@ -80,7 +81,10 @@ class Machine:
         self.tail = bytearray()
         inherited = (console_end.fileno(), port_end.fileno())
         # Without this process nobody would end QEMU: let the kernel do it.
-        command = ["setpriv", "--pdeathsig", "KILL", *qemu_command(options, *inherited)]
+        command = ["setpriv", "--pdeathsig", "KILL"]
+        if options.preload and options.deterministic:
+            command += ["env", "LD_PRELOAD=" + os.path.realpath(options.preload)]
+        command += qemu_command(options, *inherited)
         self.began = time.monotonic()
         self.process = subprocess.Popen(
             command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
