@@ -31,6 +31,9 @@ pub(super) fn measure(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
+/// A machine that says nothing for long is taken for one that stands still.
+const TOLD_OF_EACH: usize = 10;
+
 /// Seconds until the last of them has ended, if all have succeeded.
 fn at_once(subject: Subject, prefix: &str, count: u32) -> Result<f64> {
     let ids: Vec<_> = (0..count).map(|n| format!("{prefix}-{n:02}")).collect();
@@ -40,7 +43,10 @@ fn at_once(subject: Subject, prefix: &str, count: u32) -> Result<f64> {
         started.push(containers::start(subject, id, &[], &["true"]));
     }
     let mut failures = Vec::new();
-    for running in started {
+    for (ended, running) in started.into_iter().enumerate() {
+        if ended > 0 && ended.is_multiple_of(TOLD_OF_EACH) {
+            eprintln!("bench: {ended} of {count} have ended");
+        }
         if let Err(error) = running.and_then(super::command::Running::finish) {
             failures.push(error);
         }
