@@ -134,9 +134,9 @@ impl PodMaker for Maker {
             PodError::new(Code::FAILED_PRECONDITION, chain(error))
         };
         let settings = Settings::load().map_err(|error| failed(&error))?;
-        let install = Install::locate_with(&settings).map_err(|error| failed(&error))?;
         let pod = PodRequest::of(&first.spec, &settings.vm)
             .map_err(|error| PodError::new(Code::INVALID_ARGUMENT, chain(&error)))?;
+        let install = Install::locate_with(&settings).map_err(|error| failed(&error))?;
         let config = SandboxConfig {
             namespace: self.namespace.clone(),
             id: self.id.clone(),

@@ -116,7 +116,7 @@ impl Sandbox {
         } = request;
         let hooks = Lifecycle::of(&spec, &id, &bundle)?;
         let oom_score = spec.process().as_ref().and_then(Process::oom_score_adj);
-        let mut guest = guest_spec(spec, &id, self.vmm_pid(), &mut self.memory_volumes())?;
+        let mut guest = guest_spec(spec, &id, Some(self.vmm_pid()), &mut self.memory_volumes())?;
         self.join_pod(&mut guest).await?;
         let joins_pids = guest.joins_pids;
         if !guest.volumes.is_empty() {

@@ -57,7 +57,7 @@ pub use settings::{
     Install, InstallError, LogSettings, NetworkSettings, SETTINGS_PATH, Settings, SettingsError,
     VmSettings,
 };
-pub use spec::SpecError;
+pub use spec::{SpecError, check as check_spec};
 pub use spec_json::{parse_process, parse_spec};
 pub use timings::StartTimings;
 

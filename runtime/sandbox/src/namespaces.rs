@@ -38,10 +38,11 @@ pub(crate) fn check_own(spec: &Spec) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Sorts the namespaces out. `pod` is the pid on the host of the process that stands for the pod.
+/// Sorts the namespaces out. `pod` is the pid on the host of the process that stands for the pod; none:
+/// there is no pod yet, and it will live in whatever network namespace is named.
 pub(crate) fn sort(
     namespaces: Vec<LinuxNamespace>,
-    pod: u32,
+    pod: Option<u32>,
 ) -> Result<GuestNamespaces, SpecError> {
     use LinuxNamespaceType as Kind;
     let mut sorted = GuestNamespaces {
@@ -60,7 +61,11 @@ pub(crate) fn sort(
         if !matches!(kind, Kind::Network | Kind::Ipc | Kind::Uts | Kind::Pid) {
             return refuse(kind, "a container in a guest can't join one by a path");
         }
-        if !is_same(path, &format!("/proc/{pod}/ns/{}", file_of(kind))) {
+        let is_pods = match pod {
+            Some(pod) => is_same(path, &format!("/proc/{pod}/ns/{}", file_of(kind))),
+            None => kind == Kind::Network,
+        };
+        if !is_pods {
             return refuse(
                 kind,
                 "the path is not of this pod, and a guest can't join a namespace of the host",
@@ -147,8 +152,17 @@ mod tests {
         let namespaces = json!([{ "type": "mount" }, { "type": kind, "path": path }]);
         sort(
             serde_json::from_value(namespaces).unwrap(),
-            std::process::id(),
+            Some(std::process::id()),
         )
+    }
+
+    #[test]
+    fn first_container_joins_nothing_but_a_network() {
+        for kind in ["pid", "ipc", "uts", "network"] {
+            let namespaces = json!([{ "type": kind, "path": "/proc/self/ns/net" }]);
+            let sorted = sort(serde_json::from_value(namespaces).unwrap(), None);
+            assert_eq!(sorted.is_ok(), kind == "network", "{kind}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use husk_vmm_control::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, VCPUS_MAX};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::cgroup::CGROUP_ROOT;
-use crate::spec::SpecError;
+use crate::spec::{self, SpecError};
 use crate::{VmSettings, namespaces};
 
 /// A container's part in its pod.
@@ -51,7 +51,7 @@ impl PodRequest {
     /// # Errors
     /// [`SpecError`] for what no pod can be given: found before anything is made.
     pub fn of(spec: &Spec, settings: &VmSettings) -> Result<Self, SpecError> {
-        namespaces::check_own(spec)?;
+        spec::check(spec)?;
         let is_pod = Role::of(spec) == Role::Sandbox;
         if is_pod && namespaces::has(spec, LinuxNamespaceType::User) {
             return Err(SpecError::Unsupported {
@@ -190,6 +190,8 @@ mod tests {
         let spec = json!({
             "ociVersion": "1.1.0",
             "annotations": annotations,
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/" },
+            "root": { "path": "rootfs" },
             "linux": {
                 "cgroupsPath": cgroups_path,
                 "namespaces": [

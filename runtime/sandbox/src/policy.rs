@@ -5,7 +5,7 @@
 //! left out. What a user has chosen may confine a program further than that, and is refused: to leave
 //! it out would mislead.
 
-use oci_spec::runtime::{Linux, Process};
+use oci_spec::runtime::{Linux, LinuxSeccomp, LinuxSeccompAction, Process};
 
 use crate::spec::SpecError;
 
@@ -46,8 +46,26 @@ pub(crate) fn check_linux(linux: &Linux) -> Result<(), SpecError> {
             "the memory of a guest is one node, whatever the host's is",
         );
     }
+    if let Some(seccomp) = linux.seccomp() {
+        check_seccomp(seccomp)?;
+    }
     for key in linux.sysctl().iter().flat_map(|all| all.keys()) {
         check_sysctl(key)?;
+    }
+    Ok(())
+}
+
+/// Whoever answers for a program's system calls reads its memory and takes its descriptors.
+fn check_seccomp(seccomp: &LinuxSeccomp) -> Result<(), SpecError> {
+    const REASON: &str = "no process of the host can answer for a guest's system calls";
+    if seccomp.listener_path().is_some() {
+        return refuse("linux.seccomp.listenerPath".to_owned(), REASON);
+    }
+    let of_rules = seccomp.syscalls().iter().flatten();
+    let mut actions = of_rules.map(|rule| rule.action());
+    let is_notify = |action| action == LinuxSeccompAction::ScmpActNotify;
+    if is_notify(seccomp.default_action()) || actions.any(is_notify) {
+        return refuse("linux.seccomp, SCMP_ACT_NOTIFY".to_owned(), REASON);
     }
     Ok(())
 }
@@ -201,6 +219,21 @@ mod tests {
         assert_eq!(process("selinuxLabel", label), Ok(()));
         let label = "system_u:object_r:container_file_t:s0:c1,c2";
         assert_eq!(linux("mountLabel", &json!(label)), Ok(()));
+    }
+
+    #[test]
+    fn notifications_of_system_calls_are_refused() {
+        for seccomp in [
+            json!({ "defaultAction": "SCMP_ACT_NOTIFY" }),
+            json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                { "names": ["write"], "action": "SCMP_ACT_ERRNO" },
+                { "names": ["read"], "action": "SCMP_ACT_NOTIFY" } ] }),
+        ] {
+            let text = linux("seccomp", &seccomp).unwrap_err().to_string();
+            assert!(text.contains("SCMP_ACT_NOTIFY"), "{text}");
+        }
+        let errno = json!({ "defaultAction": "SCMP_ACT_ERRNO" });
+        assert_eq!(linux("seccomp", &errno), Ok(()));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use husk_protocol::messages::MemoryVolume;
 use nix::sys::statvfs::{FsFlags, statvfs};
 use oci_spec::runtime::{Hooks, Linux, LinuxDeviceCgroup, LinuxDeviceType, Mount, Spec};
 
+use crate::hooks::Lifecycle;
 use crate::mounts::Volume;
 use crate::namespaces;
 use crate::policy;
@@ -95,12 +96,21 @@ fn guest_dir(container: &str) -> PathBuf {
     Path::new(husk_protocol::SHARED_DIR).join(container)
 }
 
+/// Refuses what no guest can give, before there is one.
+///
+/// # Errors
+/// [`SpecError`], as the container's creation would fail later.
+pub fn check(spec: &Spec) -> Result<(), SpecError> {
+    Lifecycle::of(spec, "", Path::new(""))?;
+    guest_spec(spec.clone(), "", None, &mut MemoryVolumes::new("")).map(drop)
+}
+
 /// Rewrites a spec for the guest. `pod` is the pid on the host of the process that stands for the
-/// pod, `memory` are its volumes in memory.
+/// pod, if there is one yet; `memory` are its volumes in memory.
 pub(crate) fn guest_spec(
     mut spec: Spec,
     container: &str,
-    pod: u32,
+    pod: Option<u32>,
     memory: &mut MemoryVolumes,
 ) -> Result<GuestSpec, SpecError> {
     namespaces::check_own(&spec)?;
@@ -183,6 +193,9 @@ fn rewrite_mount(
     if is_mapped || has("idmap") || has("ridmap") {
         return refuse("mounts with mapped ids are not supported");
     }
+    if has("remount") {
+        return refuse("the option remount is not supported: no mount is there before");
+    }
     let kind = mount.typ().as_deref().unwrap_or_default();
     let is_bind = kind == "bind" || has("bind") || has("rbind");
     if !is_bind {
@@ -256,7 +269,7 @@ fn clean(destination: &Path) -> PathBuf {
 }
 
 /// Answers whether the container joins a PID namespace.
-fn rewrite_linux(linux: &mut Linux, container: &str, pod: u32) -> Result<bool, SpecError> {
+fn rewrite_linux(linux: &mut Linux, container: &str, pod: Option<u32>) -> Result<bool, SpecError> {
     let refuse = |what: &str, reason| {
         Err(SpecError::Unsupported {
             what: what.to_owned(),
@@ -270,14 +283,6 @@ fn rewrite_linux(linux: &mut Linux, container: &str, pod: u32) -> Result<bool, S
         return refuse(
             "linux.netDevices",
             "a guest can't take a device of the host",
-        );
-    }
-    if let Some(seccomp) = linux.seccomp()
-        && seccomp.listener_path().is_some()
-    {
-        return refuse(
-            "linux.seccomp.listenerPath",
-            "no process of the host can answer for a guest's system calls",
         );
     }
     policy::check_linux(linux)?;
@@ -357,7 +362,7 @@ mod tests {
 
     fn rewritten(change: impl FnOnce(&mut Value)) -> Result<GuestSpec, SpecError> {
         let mut memory = MemoryVolumes::new("p1");
-        guest_spec(spec(change), "c1", std::process::id(), &mut memory)
+        guest_spec(spec(change), "c1", Some(std::process::id()), &mut memory)
     }
 
     fn refusal(change: impl FnOnce(&mut Value)) -> String {

@@ -21,7 +21,7 @@ impl Sandbox {
         let ContainerRequest { id, spec, .. } = request;
         let linux = spec.linux().as_ref();
         let sysctls = linux.and_then(|linux| linux.sysctl().clone());
-        guest_spec(spec, &id, self.vmm_pid(), &mut self.memory_volumes())?;
+        guest_spec(spec, &id, Some(self.vmm_pid()), &mut self.memory_volumes())?;
         let mut prepare = messages::PreparePodRequest::new();
         prepare.sysctls = sysctls.unwrap_or_default();
         if !prepare.sysctls.is_empty() {

@@ -155,7 +155,7 @@ pub(crate) mod real {
             let spec = serde_json::from_value(spec).unwrap();
             let mut memory = crate::volumes::MemoryVolumes::new("pod");
             let pod = std::process::id();
-            let mut guest = crate::spec::guest_spec(spec, "c", pod, &mut memory).unwrap();
+            let mut guest = crate::spec::guest_spec(spec, "c", Some(pod), &mut memory).unwrap();
 
             guest.keep_flags(Path::new("/"));
 
