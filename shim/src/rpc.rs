@@ -15,6 +15,7 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageFull};
 use containerd_shim_protos::shim_async::{Task, create_task};
+use tokio::sync::oneshot;
 use ttrpc::r#async::{Service as RpcService, TtrpcContext};
 use ttrpc::{Code, get_status};
 
@@ -71,8 +72,16 @@ impl<M: PodMaker + 'static> Task for Rpc<M> {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let service = self.service.clone();
+        let (answer, answered) = oneshot::channel();
+        tokio::spawn(async move { service.create_for(&request, answer).await });
+        let created = answered.await.unwrap_or_else(|_| {
+            Err(PodError::new(
+                Code::INTERNAL,
+                "the creation has ended early",
+            ))
+        });
         let mut response = CreateTaskResponse::new();
-        response.set_pid(to_its_end(async move { service.create(&request).await }).await?);
+        response.set_pid(created.map_err(status)?);
         Ok(response)
     }
 

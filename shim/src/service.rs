@@ -19,7 +19,7 @@ use containerd_shim_protos::events::task::{
 use containerd_shim_protos::protobuf::CodedOutputStream;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::{LinuxResources, Spec};
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::{OnceCell, RwLock, oneshot, watch};
 use tokio::task::JoinHandle;
 use ttrpc::Code;
 
@@ -60,6 +60,8 @@ pub(crate) struct Service<M: PodMaker> {
     pod: OnceCell<Arc<M::Pod>>,
     events: Publisher,
     tasks: Mutex<HashMap<String, Arc<Task>>>,
+    /// Read while a task is created, so that the end of this process comes before or after that.
+    creating: RwLock<()>,
     /// Set when this process is to end.
     ended: watch::Sender<bool>,
 }
@@ -72,6 +74,7 @@ impl<M: PodMaker + 'static> Service<M> {
             pod: OnceCell::new(),
             events,
             tasks: Mutex::default(),
+            creating: RwLock::default(),
             ended: watch::Sender::new(false),
         })
     }
@@ -128,11 +131,38 @@ impl<M: PodMaker + 'static> Service<M> {
         }
     }
 
+    /// Creates a task and tells who has asked. If nobody is left to hear it, the task is removed, and
+    /// this process ends with its last one: containerd has gone, and some versions of it never ask
+    /// for a task again that they have not seen running.
+    pub(crate) async fn create_for(
+        self: &Arc<Self>,
+        request: &CreateTaskRequest,
+        answer: oneshot::Sender<Result<u32, PodError>>,
+    ) {
+        {
+            let _creating = self.creating.read().await;
+            let Err(created) = answer.send(self.create(request).await) else {
+                return;
+            };
+            let id = request.id();
+            tracing::warn!(id, "whoever was to have this task has gone");
+            if created.is_ok()
+                && let Err(error) = self.delete(id, "").await
+            {
+                tracing::error!(id, %error, "it can't be removed");
+            }
+        }
+        self.shutdown(false).await;
+    }
+
     pub(crate) async fn create(
         self: &Arc<Self>,
         request: &CreateTaskRequest,
     ) -> Result<u32, PodError> {
         let id = request.id();
+        if *self.ended.borrow() {
+            return Err(PodError::new(Code::UNAVAILABLE, "the shim is ending"));
+        }
         if !request.checkpoint().is_empty() {
             return Err(PodError::new(
                 Code::UNIMPLEMENTED,
@@ -564,6 +594,11 @@ impl<M: PodMaker + 'static> Service<M> {
 
     /// Ends this process, unless containers are left and `now` is not set.
     pub(crate) async fn shutdown(&self, now: bool) {
+        // What is under way fails by itself if the machine goes.
+        let _created = match now {
+            true => None,
+            false => Some(self.creating.write().await),
+        };
         if !now && !self.tasks().is_empty() {
             return;
         }

@@ -175,11 +175,15 @@ impl Fixture {
         }
     }
 
-    async fn create(&self, id: &str) -> Result<u32, PodError> {
+    fn request(&self, id: &str) -> CreateTaskRequest {
         let mut request = CreateTaskRequest::new();
         request.set_id(id.to_owned());
         request.set_bundle(self.bundle.path().display().to_string());
-        self.service.create(&request).await
+        request
+    }
+
+    async fn create(&self, id: &str) -> Result<u32, PodError> {
+        self.service.create(&self.request(id)).await
     }
 
     /// The kinds of all events so far, a word each.
@@ -335,6 +339,31 @@ async fn shutdown_waits_for_the_last_task_unless_it_must_be_now() {
     assert!(!*service.ended.borrow());
     service.shutdown(true).await;
     service.ended().await;
+}
+
+#[tokio::test]
+async fn task_whose_creator_has_gone_is_removed() {
+    let mut fixture = Fixture::new();
+    let service = fixture.service.clone();
+    let (answer, answered) = oneshot::channel();
+    drop(answered);
+    service.create_for(&fixture.request("t1"), answer).await;
+    assert_eq!(fixture.published(), ["create", "exit t1 9", "delete"]);
+    service.ended().await;
+    assert_eq!(service.state("t1", "").unwrap_err().code, Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn shutdown_comes_after_the_creation_that_is_under_way() {
+    let fixture = Fixture::new();
+    let (service, request) = (fixture.service.clone(), fixture.request("t1"));
+    let (answer, answered) = oneshot::channel();
+    tokio::join!(
+        service.create_for(&request, answer),
+        service.shutdown(false)
+    );
+    assert!(answered.await.unwrap().is_ok());
+    assert!(!*service.ended.borrow());
 }
 
 #[tokio::test]
