@@ -4,32 +4,32 @@
 //! exits of all its execs. One background task per process awaits its end and is the only place
 //! that records it.
 
+mod create;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::{
-    ConnectResponse, CreateTaskRequest, DeleteResponse, Mount, ProcessInfo, StateResponse, Status,
+    ConnectResponse, DeleteResponse, ProcessInfo, StateResponse, Status,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused,
-    TaskResumed, TaskStart,
+    TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::CodedOutputStream;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use oci_spec::runtime::{LinuxResources, Spec};
-use tokio::sync::{OnceCell, RwLock, oneshot, watch};
+use oci_spec::runtime::LinuxResources;
+use tokio::sync::{OnceCell, RwLock, watch};
 use tokio::task::JoinHandle;
 use ttrpc::Code;
 
 use crate::convert::timestamp;
 use crate::events::{Event, Publisher};
 use crate::logger::Owner;
-use crate::pod::{Exit, GuestProcess, NewContainer, Pod, PodError, PodMaker, RootMount};
+use crate::pod::{Exit, GuestProcess, Pod, PodError, PodMaker};
 use crate::state::{Refused, State, Step};
 use crate::stats::metrics;
-use crate::stdio::Paths;
 use crate::task::{Process, Task};
 
 /// What an exec that could not be started has ended with, as a shell says of a missing command.
@@ -129,147 +129,6 @@ impl<M: PodMaker + 'static> Service<M> {
             Some("") => self.pid(),
             _ => process.pid.saturating_add(HOST_PIDS_MAX),
         }
-    }
-
-    /// Creates a task and tells who has asked. If nobody is left to hear it, the task is removed, and
-    /// this process ends with its last one: containerd has gone, and some versions of it never ask
-    /// for a task again that they have not seen running.
-    pub(crate) async fn create_for(
-        self: &Arc<Self>,
-        request: &CreateTaskRequest,
-        answer: oneshot::Sender<Result<u32, PodError>>,
-    ) {
-        {
-            let _creating = self.creating.read().await;
-            let Err(created) = answer.send(self.create(request).await) else {
-                return;
-            };
-            let id = request.id();
-            tracing::warn!(id, "whoever was to have this task has gone");
-            if created.is_ok()
-                && let Err(error) = self.delete(id, "").await
-            {
-                tracing::error!(id, %error, "it can't be removed");
-            }
-        }
-        self.shutdown(false).await;
-    }
-
-    pub(crate) async fn create(
-        self: &Arc<Self>,
-        request: &CreateTaskRequest,
-    ) -> Result<u32, PodError> {
-        let id = request.id();
-        if *self.ended.borrow() {
-            return Err(PodError::new(Code::UNAVAILABLE, "the shim is ending"));
-        }
-        if !request.checkpoint().is_empty() {
-            return Err(PodError::new(
-                Code::UNIMPLEMENTED,
-                "checkpoints are not supported",
-            ));
-        }
-        if self.tasks().contains_key(id) {
-            return Err(PodError::new(
-                Code::ALREADY_EXISTS,
-                format!("task {id:?} exists already"),
-            ));
-        }
-        let paths = Paths {
-            stdin: request.stdin().to_owned(),
-            stdout: request.stdout().to_owned(),
-            stderr: request.stderr().to_owned(),
-            terminal: request.terminal(),
-        };
-        let (ends, held) = paths
-            .open(self.owner(id))
-            .await
-            .map_err(|error| PodError::new(Code::INVALID_ARGUMENT, chain(&error)))?;
-        let new = NewContainer {
-            id: id.to_owned(),
-            bundle: request.bundle().into(),
-            spec: read_spec(request.bundle())?,
-            rootfs: request.rootfs.iter().map(root_mount).collect(),
-            terminal: request.terminal(),
-            ends,
-        };
-        let pod = self
-            .pod
-            .get_or_try_init(|| async { Ok::<_, PodError>(Arc::new(self.maker.make(&new).await?)) })
-            .await?
-            .clone();
-        if let Err(error) = pod.create_container(new).await {
-            if self.tasks().is_empty() {
-                pod.shutdown().await;
-            }
-            return Err(error);
-        }
-        let init = Process::new(paths.clone(), held);
-        let task = Task::new(request.bundle().into(), init.clone());
-        self.tasks().insert(id.to_owned(), task);
-
-        let pid = pod.host_pid();
-        let mut event = TaskCreate::new();
-        event.set_container_id(id.to_owned());
-        event.set_bundle(request.bundle().to_owned());
-        event.rootfs = request.rootfs.clone();
-        let mut io = TaskIO::new();
-        io.set_stdin(paths.stdin);
-        io.set_stdout(paths.stdout);
-        io.set_stderr(paths.stderr);
-        io.set_terminal(paths.terminal);
-        event.set_io(io);
-        event.set_pid(pid);
-        self.events.publish(Event::Create(event));
-        let memory = self.watch_memory(pod.clone(), id);
-        self.watch(pod, id, "", &init, Some(memory));
-        Ok(pid)
-    }
-
-    pub(crate) async fn exec(
-        &self,
-        id: &str,
-        exec: &str,
-        paths: Paths,
-        process: Vec<u8>,
-    ) -> Result<(), PodError> {
-        let task = self.task(id)?;
-        let unfit = match task.init.state() {
-            State::Stopped | State::Deleting | State::Deleted => Some("stopped"),
-            State::Paused => Some("paused"),
-            State::Created | State::Starting | State::Running => None,
-        };
-        if let Some(unfit) = unfit {
-            return Err(PodError::new(
-                Code::FAILED_PRECONDITION,
-                format!("cannot exec in a {unfit} container"),
-            ));
-        }
-        let exists = || {
-            PodError::new(
-                Code::ALREADY_EXISTS,
-                format!("exec {exec:?} of task {id:?} exists"),
-            )
-        };
-        if task.process(exec).is_some() {
-            return Err(exists());
-        }
-        let (ends, held) = paths
-            .open(self.owner(exec))
-            .await
-            .map_err(|error| PodError::new(Code::INVALID_ARGUMENT, chain(&error)))?;
-        let terminal = paths.terminal;
-        self.pod()?
-            .create_process(id, exec, process, terminal, ends)
-            .await?;
-        if !task.add_exec(exec, Process::new(paths, held)) {
-            return Err(exists());
-        }
-        let mut event = TaskExecAdded::new();
-        event.set_container_id(id.to_owned());
-        event.set_exec_id(exec.to_owned());
-        self.events.publish(Event::ExecAdded(event));
-        Ok(())
     }
 
     pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, PodError> {
@@ -643,27 +502,6 @@ fn process_details(exec: &str) -> Any {
         type_url: "containerd.runc.v1.ProcessDetails".to_owned(),
         value,
         ..Any::default()
-    }
-}
-
-fn read_spec(bundle: &str) -> Result<Spec, PodError> {
-    let path = std::path::Path::new(bundle).join("config.json");
-    let failed = |error: &(dyn std::error::Error + 'static)| {
-        PodError::new(
-            Code::INVALID_ARGUMENT,
-            format!("cannot read {path:?}: {}", chain(error)),
-        )
-    };
-    let text = std::fs::read(&path).map_err(|error| failed(&error))?;
-    husk_sandbox::parse_spec(&text).map_err(|error| failed(&error))
-}
-
-fn root_mount(mount: &Mount) -> RootMount {
-    RootMount {
-        fstype: mount.type_().to_owned(),
-        source: mount.source().to_owned(),
-        target: mount.target().to_owned(),
-        options: mount.options.clone(),
     }
 }
 

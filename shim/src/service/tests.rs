@@ -4,11 +4,12 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use containerd_shim_protos::api::CreateTaskRequest;
 use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::oneshot;
 
 use super::*;
 use crate::events::Item;
-use crate::pod::GuestProcess;
-use crate::stdio::Ends;
+use crate::pod::{GuestProcess, NewContainer};
+use crate::stdio::{Ends, Paths};
 
 /// A pod whose processes end when they are signalled; their status is the signal's number.
 #[derive(Default)]
