@@ -12,6 +12,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::host::DEADLINE;
+use crate::shim::Streams;
 
 /// A directory of a scenario's own, gone with the scenario.
 pub(crate) struct Place {
@@ -73,6 +74,41 @@ impl Fifo {
         let flags = flags | OFlags::NONBLOCK | OFlags::CLOEXEC;
         rustix::fs::open(&self.path, flags, Mode::empty())
             .with_context(|| format!("cannot open the FIFO {:?}", self.path))
+    }
+}
+
+/// FIFOs for all streams of a process.
+pub(crate) struct Fifos {
+    pub(crate) stdin: Fifo,
+    pub(crate) stdout: Fifo,
+    stderr: Fifo,
+    /// Nobody says anything there, but runc's shim waits for somebody who listens.
+    _listener: Reader,
+}
+
+impl Fifos {
+    pub(crate) fn make(place: &Place, name: &str) -> Result<(Self, Streams)> {
+        let stderr = place.fifo(&format!("{name}-err"))?;
+        let fifos = Self {
+            stdin: place.fifo(&format!("{name}-in"))?,
+            stdout: place.fifo(&format!("{name}-out"))?,
+            _listener: stderr.reader()?,
+            stderr,
+        };
+        let streams = Streams {
+            stdin: fifos.stdin.name(),
+            stdout: fifos.stdout.name(),
+            stderr: fifos.stderr.name(),
+            ..Streams::default()
+        };
+        Ok((fifos, streams))
+    }
+
+    pub(crate) fn remove(self) -> Result<()> {
+        for fifo in [self.stdin, self.stdout, self.stderr] {
+            fs::remove_file(fifo.name())?;
+        }
+        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -92,7 +93,7 @@ impl Process {
         }
     }
 
-    fn open(&self) -> Result<Option<std::os::fd::OwnedFd>> {
+    fn open(&self) -> Result<Option<OwnedFd>> {
         let pid = Pid::from_raw(self.pid).context("no pid")?;
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => Ok(Some(pidfd)),
@@ -147,6 +148,56 @@ pub(crate) fn path_becomes(path: &Path, wanted: bool, deadline: Instant) -> Resu
             return Ok(false);
         }
         reader.next()?;
+    }
+}
+
+/// Waits until the text of a file is as wanted. The file may not be there yet; its directory is made
+/// with it.
+pub(crate) fn file_becomes(path: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
+    let deadline = Instant::now() + DEADLINE;
+    ensure!(path_becomes(path, true, deadline)?, "there is no {path:?}");
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC)?;
+    inotify::add_watch(&watch, path, inotify::WatchFlags::MODIFY)?;
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut reader = inotify::Reader::new(&watch, &mut buffer);
+    loop {
+        let text = fs::read_to_string(path)?;
+        if is_wanted(&text) {
+            return Ok(());
+        }
+        ensure!(readable(&watch, deadline)?, "{path:?} has {text:?}");
+        reader.next()?;
+    }
+}
+
+/// What appears in a directory from now on.
+pub(crate) struct Appearing(OwnedFd);
+
+impl Appearing {
+    pub(crate) fn watch(directory: &Path) -> Result<Self> {
+        let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
+        let watch = inotify::init(flags)?;
+        inotify::add_watch(&watch, directory, inotify::WatchFlags::CREATE)
+            .with_context(|| format!("cannot watch {directory:?}"))?;
+        Ok(Self(watch))
+    }
+
+    /// The names that have appeared since this was last asked.
+    pub(crate) fn names(&self) -> Result<Vec<String>> {
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut reader = inotify::Reader::new(&self.0, &mut buffer);
+        let mut names = Vec::new();
+        loop {
+            match reader.next() {
+                Ok(event) => names.extend(
+                    event
+                        .file_name()
+                        .map(|name| name.to_string_lossy().into_owned()),
+                ),
+                Err(rustix::io::Errno::AGAIN) => return Ok(names),
+                Err(error) => return Err(error).context("cannot read what has appeared"),
+            }
+        }
     }
 }
 

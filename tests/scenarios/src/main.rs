@@ -20,6 +20,7 @@ mod ctr;
 mod docker;
 mod events;
 mod fifo;
+mod guest;
 mod host;
 mod kubelet;
 mod leftovers;

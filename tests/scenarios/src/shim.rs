@@ -102,11 +102,15 @@ impl Shim {
         }
     }
 
-    /// A second Create of the same task.
-    pub(crate) fn create_again(&self) -> Answer<()> {
+    /// Creates the task from a bundle that has its root.
+    pub(crate) fn create(&self, bundle: &Path, streams: &Streams) -> Answer<()> {
         let mut request = CreateTaskRequest::new();
         request.set_id(self.id.clone());
-        request.set_bundle(self.bundle.display().to_string());
+        request.set_bundle(bundle.display().to_string());
+        request.set_stdin(streams.stdin.clone());
+        request.set_stdout(streams.stdout.clone());
+        request.set_stderr(streams.stderr.clone());
+        request.set_terminal(streams.terminal);
         done(self.call::<Empty>("Create", &request))
     }
 
@@ -193,12 +197,12 @@ impl Shim {
         self.call("Pids", &request)
     }
 
-    pub(crate) fn resize(&self, exec: &str) -> Answer<()> {
+    pub(crate) fn resize(&self, exec: &str, width: u32, height: u32) -> Answer<()> {
         let mut request = ResizePtyRequest::new();
         request.set_id(self.id.clone());
         request.set_exec_id(exec.to_owned());
-        request.set_width(80);
-        request.set_height(24);
+        request.set_width(width);
+        request.set_height(height);
         done(self.call::<Empty>("ResizePty", &request))
     }
 

@@ -13,6 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::ctr::{Ctr, Ended, finish};
+use crate::fifo::{Fifos, Place};
+use crate::shim::{Shim, granted};
 
 /// On a file system of its own kind: not the overlay of containers.
 const PLACE: &str = "/var/tmp/husk-bundles";
@@ -102,6 +104,51 @@ impl<'a> Bundle<'a> {
         let arguments = ["run", "--rm", "--runtime", runtime, "--config", &config];
         let arguments = [&arguments[..], &[&self.ctr.id]].concat();
         finish(self.ctr.spawn_ctr(&arguments, false)?, None)
+    }
+
+    /// Runs it to its end as a further container of a shim that serves one. What config.json says gets
+    /// there as it is; `ctr` passes on only what it knows. `created` is called in between. Errors that
+    /// it writes are not among the output.
+    pub(crate) fn run_beside(
+        &self,
+        shim: &Shim,
+        created: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Ended> {
+        let task = shim.about(&self.beside());
+        let place = Place::make("beside")?;
+        let (fifos, streams) = Fifos::make(&place, "beside")?;
+        let said = fifos.stdout.reader()?;
+        let mut spec = self.spec.clone();
+        spec["linux"]["cgroupsPath"] = format!("/default/{}", task.id).into();
+        let config = self.place.join("config.json");
+        fs::write(&config, spec.to_string()).context("cannot write config.json")?;
+        if let Err(refused) = task.create(&self.place, &streams)? {
+            return Ok(Ended {
+                status: -1,
+                stdout: Vec::new(),
+                stderr: refused.text,
+            });
+        }
+        let run = || -> Result<u32> {
+            created(&config)?;
+            granted(task.start(""))?;
+            Ok(granted(task.wait(""))?.exit_status())
+        };
+        let status = run();
+        if status.is_err() {
+            // It may run, or not.
+            let _ = task.kill("", 9, true);
+        }
+        granted(task.delete(""))?;
+        Ok(Ended {
+            status: i32::try_from(status?)?,
+            stdout: said.rest()?,
+            stderr: String::new(),
+        })
+    }
+
+    fn beside(&self) -> String {
+        format!("{}-beside", self.ctr.id)
     }
 
     /// `ctr run --detach`, for scenarios that exec into the container.

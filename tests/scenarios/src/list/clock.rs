@@ -1,6 +1,6 @@
 //! The wall clock of a container is that of its host.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
@@ -15,9 +15,6 @@ const DIFFERENCE_MAX: Duration = Duration::from_millis(10);
 
 /// What a comparison may leave open, on a machine that is too busy for better.
 const DOUBT_MAX: Duration = Duration::from_millis(50);
-
-/// Most questions for one comparison. The quickest answer counts.
-const QUESTIONS_MAX: u32 = 200;
 
 /// How long the container is paused.
 const PAUSE: Duration = Duration::from_secs(60);
@@ -102,7 +99,7 @@ impl Clock {
 
     /// The same, but it may take a while.
     fn becomes_right(&self) -> Result<()> {
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         while began.elapsed() < DEADLINE {
             let best = self.compare()?;
             best.says_enough()?;
@@ -113,19 +110,17 @@ impl Clock {
         bail!("it is not set within {DEADLINE:?}: {:?}", self.compare()?)
     }
 
-    /// Asks until the answer says enough.
+    /// Asks until the answer says enough. On a machine that does much else that may take a while.
     fn compare(&self) -> Result<Difference> {
-        let mut best: Option<Difference> = None;
-        for _ in 0..QUESTIONS_MAX {
+        let began = Instant::now();
+        let mut best = self.ask()?;
+        while !best.is_certain() && began.elapsed() < DEADLINE {
             let difference = self.ask()?;
-            if best.is_none_or(|best| difference.doubt_us < best.doubt_us) {
-                best = Some(difference);
-            }
-            if difference.is_small() || difference.is_large() {
-                return Ok(difference);
+            if difference.is_certain() || difference.doubt_us < best.doubt_us {
+                best = difference;
             }
         }
-        best.context("no question was asked")
+        Ok(best)
     }
 
     /// The container has read its clock between the question and the answer; the middle of the two
@@ -150,6 +145,10 @@ impl Difference {
     /// Whether it is small for certain.
     fn is_small(self) -> bool {
         self.ahead_us.abs() + self.doubt_us <= max_us()
+    }
+
+    fn is_certain(self) -> bool {
+        self.is_small() || self.is_large()
     }
 
     fn says_enough(self) -> Result<()> {

@@ -6,10 +6,13 @@ use std::process::Child;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::api::Status;
 
 use crate::ctr::{Ctr, Ended, finish};
 use crate::events::Events;
+use crate::fifo::{Fifos, Place};
 use crate::host::{self, DEADLINE};
+use crate::shim::{Shim, Streams, granted};
 
 /// What is killed.
 #[derive(Debug, Clone, Copy)]
@@ -93,6 +96,77 @@ pub(super) fn containerd_killed_while_running(ctr: &Ctr) -> Result<()> {
     ctr.remove_task(137)?;
     ctr.ctr(&["container", "rm", &ctr.id])?.success()?;
     Ok(())
+}
+
+/// What ends while containerd is away has ended as it should when it is back, and what happens then is
+/// told.
+pub(super) fn ends_while_containerd_is_away(ctr: &Ctr) -> Result<()> {
+    let script = "trap 'exit 7' TERM; sleep 1000 & while :; do wait; done";
+    ctr.detach(&[], &["sh", "-c", script])?;
+    let id = ctr.id.as_str();
+    let shim = Shim::of(id)?;
+    let place = Place::make("away")?;
+    let (fifos, lasting) = Fifos::make(&place, "lasts")?;
+    let _reader = fifos.stdout.reader()?;
+    let none = Streams::default();
+    let start = |exec: &str, streams: &Streams, script: &str| -> Result<()> {
+        granted(shim.exec(exec, streams, &["sh", "-c", script]))?;
+        granted(shim.start(exec))?;
+        Ok(())
+    };
+    without_containerd(id, || {
+        let status = shim.run("whole", &none, &["sh", "-c", "exit 3"])?;
+        ensure!(status == 3, "a whole exec ended with {status}");
+        start("ended", &none, "exit 4")?;
+        granted(shim.wait("ended"))?;
+        start("lasts", &lasting, "read line; exit 5")
+    })?;
+
+    let events = Events::listen()?;
+    ensure!(
+        state(ctr)?.is_some_and(|state| state == "RUNNING"),
+        "it is lost"
+    );
+    let ended = granted(shim.state("ended"))?;
+    ensure!(
+        ended.status() == Status::STOPPED && ended.exit_status() == 4,
+        "of the exec that has ended it says {ended:?}"
+    );
+    granted(shim.delete("ended"))?;
+    fifos.stdin.writer()?.write(b"\n")?;
+    let exit = events.until(&["/tasks/exit", "lasts"])?;
+    ensure!(exit.contains("\"exit_status\":5"), "the event says {exit}");
+    drop(events);
+
+    let status = without_containerd(id, || {
+        granted(shim.kill("", 15, false))?;
+        Ok(granted(shim.wait(""))?.exit_status())
+    })?;
+    ensure!(status == 7, "it ended with {status}");
+    let events = Events::listen()?;
+    // containerd buries at once what it finds stopped (some versions do), or leaves that to its users.
+    if let Some(state) = state(ctr)? {
+        ensure!(state == "STOPPED", "it is {state}");
+        ctr.remove_task(7)?;
+        events.until(&["/tasks/delete", id])?;
+    }
+    ctr.ctr(&["container", "rm", id])?.success()?;
+    Ok(())
+}
+
+fn without_containerd<T>(id: &str, what: impl FnOnce() -> Result<T>) -> Result<T> {
+    Victim::Containerd.kill(id)?;
+    let done = what();
+    host::start_containerd()?;
+    done
+}
+
+/// What `ctr task ls` says of the scenario's task.
+fn state(ctr: &Ctr) -> Result<Option<String>> {
+    let listed = ctr.ctr(&["task", "ls"])?.success()?;
+    let line = listed.lines().find(|line| line.starts_with(&ctr.id));
+    let state = line.and_then(|line| line.split_whitespace().last());
+    Ok(state.map(str::to_owned))
 }
 
 pub(super) fn shim_killed_while_starting(ctr: &Ctr) -> Result<()> {

@@ -10,11 +10,13 @@ mod files;
 mod hooks;
 mod limits;
 mod network;
+mod orphans;
 mod pods;
 mod pods_network;
 mod spec_limits;
 mod spec_mounts;
 mod spec_process;
+mod spec_rest;
 mod spec_roots;
 mod spec_seccomp;
 mod stdio;
@@ -93,11 +95,11 @@ pub(crate) const ALL: &[Scenario] = &[
     both("signal_status", |ctr| basics::signal_status(ctr)).core(),
     both("missing_command", |ctr| basics::missing_command(ctr)).core(),
     both("missing_image", |ctr| basics::missing_image(ctr)),
-    both("bad_user", |ctr| basics::bad_user(ctr)).core(),
+    both("bad_user", |ctr| basics::bad_user(ctr)),
     both("streams_apart", |ctr| basics::streams_apart(ctr)).core(),
     both("stdin_to_its_end", |ctr| basics::stdin_to_its_end(ctr)).core(),
     both("much_output", |ctr| basics::much_output(ctr)),
-    both("environment", |ctr| basics::environment(ctr)),
+    both("environment", |ctr| basics::environment(ctr)).core(),
     both("terminal", |ctr| basics::terminal(ctr)).core(),
     both("exec_kill_ps_rm", |ctr| basics::exec_kill_ps_rm(ctr)).core(),
     both("figures_processes_and_pause", |ctr| {
@@ -109,6 +111,7 @@ pub(crate) const ALL: &[Scenario] = &[
     both("streams", |ctr| stdio::streams(ctr)),
     both("many_execs", |ctr| stdio::many_execs(ctr)).full(),
     both("very_many_execs", |ctr| stdio::very_many_execs(ctr)).full(),
+    both("orphans", |ctr| orphans::orphans(ctr)),
     both("wall_clock", |ctr| clock::wall_clock(ctr)),
     both("full_disk", |ctr| ends::full_disk(ctr)),
     both("shim_stopped", |ctr| ends::shim_stopped(ctr)),
@@ -116,6 +119,7 @@ pub(crate) const ALL: &[Scenario] = &[
     husk("guest_panic", |ctr| ends::guest_panic(ctr)),
     husk("agent_killed", |ctr| ends::agent_killed(ctr)).full(),
     both("spec_limits", |ctr| spec_limits::spec_limits(ctr)),
+    both("limits_updated", |ctr| spec_limits::limits_updated(ctr)),
     both("spec_limits_refused", |ctr| {
         spec_limits::spec_limits_refused(ctr)
     }),
@@ -131,6 +135,9 @@ pub(crate) const ALL: &[Scenario] = &[
     }),
     both("out_of_memory", |ctr| limits::out_of_memory(ctr)),
     husk("thrashing", |ctr| limits::thrashing(ctr)),
+    both("spec_to_the_letter", |ctr| {
+        spec_rest::spec_to_the_letter(ctr)
+    }),
     both("process_as_asked_for", |ctr| {
         spec_process::process_as_asked_for(ctr)
     }),
@@ -179,6 +186,10 @@ pub(crate) const ALL: &[Scenario] = &[
         faults::containerd_killed_while_running(ctr)
     })
     .core(),
+    both("ends_while_containerd_is_away", |ctr| {
+        faults::ends_while_containerd_is_away(ctr)
+    })
+    .core(),
     husk("vmm_killed_while_running", |ctr| {
         faults::vmm_killed_while_running(ctr)
     })
@@ -194,9 +205,11 @@ pub(crate) const ALL: &[Scenario] = &[
     }),
     husk("containerd_killed_while_starting", |ctr| {
         faults::containerd_killed_while_starting(ctr)
-    }),
+    })
+    .core(),
     both("pods_two_containers", |ctr| pods::two_containers(ctr)),
     both("pods_shared_processes", |ctr| pods::shared_processes(ctr)),
+    husk("pods_orphans", |ctr| orphans::pods_orphans(ctr)),
     both("pods_streams", |ctr| pods::streams(ctr)),
     both("pods_volumes", |ctr| pods::volumes(ctr)),
     both("pods_ports_forwarded", |ctr| {

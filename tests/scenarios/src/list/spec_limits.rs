@@ -1,9 +1,15 @@
 //! What config.json says of resources, kernel parameters and labels.
 
-use anyhow::Result;
-use serde_json::json;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
 
 use crate::ctr::Ctr;
+use crate::fifo::{Fifos, Place};
+use crate::host::Appearing;
+use crate::shim::{Shim, granted};
 use crate::spec::Bundle;
 
 /// Every limit is where the kernel looks for it.
@@ -117,21 +123,189 @@ pub(super) fn spec_sysctl(ctr: &Ctr) -> Result<()> {
     ])
 }
 
-/// What no guest can give is refused, so that nobody relies on it; what every container gets and a
-/// virtual machine makes up for is passed over.
+/// What Update sets is in force, keeps what it does not name, and is in the figures.
+pub(super) fn limits_updated(ctr: &Ctr) -> Result<()> {
+    let mut bundle = Bundle::new(ctr)?;
+    bundle.namespace(json!({ "type": "cgroup" }))?;
+    bundle.mount(json!({
+        "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+        "options": ["ro", "nosuid", "nodev", "noexec"],
+    }))?;
+    bundle.spec["linux"]["resources"] = json!({
+        "memory": { "limit": 33_554_432 }, "pids": { "limit": 44 },
+    });
+    bundle.spec["process"]["args"] = json!(["sleep", "1000"]);
+    bundle.detach()?;
+    let shim = Shim::of(&ctr.id)?;
+    let place = Place::make("update")?;
+    let files = |wanted: &[(&str, &str)]| -> Result<()> {
+        let names: Vec<_> = wanted.iter().map(|(name, _)| *name).collect();
+        let script = format!("cd /sys/fs/cgroup && tail -qn 1 {}", names.join(" "));
+        let (fifos, streams) = Fifos::make(&place, "look")?;
+        let reader = fifos.stdout.reader()?;
+        let status = shim.run("look", &streams, &["sh", "-c", &script])?;
+        let said = String::from_utf8(reader.rest()?)?;
+        fifos.remove()?;
+        let expected: Vec<_> = wanted.iter().map(|(_, value)| *value).collect();
+        ensure!(
+            status == 0 && said.lines().eq(expected.iter().copied()),
+            "{names:?} are {said:?}, not {expected:?}"
+        );
+        Ok(())
+    };
+    let update = |resources: Value| granted(shim.update(&resources.to_string()));
+
+    files(&[("memory.max", "33554432"), ("pids.max", "44")]).context("before")?;
+    update(json!({
+        "cpu": { "shares": 2048, "quota": 30_000, "period": 60_000, "cpus": "0", "mems": "0" },
+        "memory": { "limit": 50_331_648, "swap": 67_108_864, "reservation": 25_165_824 },
+        "pids": { "limit": 55 },
+        "unified": { "memory.high": "41943040" },
+    }))?;
+    let all = [
+        ("cpu.weight", "79"),
+        ("cpu.max", "30000 60000"),
+        ("cpuset.cpus", "0"),
+        ("cpuset.mems", "0"),
+        ("memory.max", "50331648"),
+        ("memory.swap.max", "16777216"),
+        ("memory.low", "25165824"),
+        ("memory.high", "41943040"),
+        ("pids.max", "55"),
+    ];
+    files(&all).context("all at once")?;
+    let figures = granted(shim.stats())?;
+    let told = (
+        figures.memory.usage_limit,
+        figures.memory.swap_limit,
+        figures.pids.limit,
+    );
+    ensure!(told == (50_331_648, 16_777_216, 55), "Stats says {told:?}");
+
+    update(json!({ "pids": { "limit": 66 } }))?;
+    files(&all[..all.len() - 1]).context("what was not named")?;
+    files(&[("pids.max", "66")])?;
+
+    let Err(refused) = shim.update(r#"{ "cpu": { "cpus": "700" } }"#)? else {
+        bail!("CPUs that are not there were given");
+    };
+    ensure!(refused.text.contains("cpuset.cpus"), "{refused:?}");
+    files(&all[..all.len() - 1]).context("after a refusal")?;
+
+    update(json!({
+        "cpu": { "quota": -1, "period": 60_000 }, "memory": { "limit": -1, "swap": -1 }, "pids": { "limit": -1 },
+    }))?;
+    files(&[
+        ("cpu.max", "max 60000"),
+        ("memory.max", "max"),
+        ("memory.swap.max", "max"),
+        ("pids.max", "max"),
+    ])
+    .context("without limits")?;
+    let figures = granted(shim.stats())?;
+    ensure!(
+        figures.memory.usage_limit == u64::MAX,
+        "Stats says {}",
+        figures.memory.usage_limit
+    );
+    ctr.bury();
+    Ok(())
+}
+
+/// What no guest can give is refused, so that nobody relies on it, and before there is a guest; what
+/// every container gets and a virtual machine makes up for is passed over.
 pub(super) fn spec_refusals(ctr: &Ctr) -> Result<()> {
-    for (part, member, value) in [
-        ("process", "apparmorProfile", "my-profile"),
-        ("process", "selinuxLabel", "system_u:system_r:my_t:s0"),
-        ("linux", "mountLabel", "system_u:object_r:my_t:s0"),
-    ] {
+    let pods = Path::new("/run/husk").join("default");
+    fs::create_dir_all(&pods)?;
+    // A pod's directory is there before its VMM is.
+    let appearing = Appearing::watch(&pods)?;
+    let mut wrong = Vec::new();
+    for (pointer, value, words) in refusals() {
         let mut bundle = Bundle::new(ctr)?;
-        bundle.spec[part][member] = value.into();
-        bundle.script("true").refused(&[member, value])?;
+        let member = bundle.spec.pointer_mut(pointer).context(pointer)?;
+        match (member, value) {
+            (Value::Array(list), value) => list.push(value),
+            (Value::Object(object), Value::Object(more)) => object.extend(more),
+            _ => bail!("{pointer} can't be added to"),
+        }
+        if let Err(error) = bundle.script("true").refused(words) {
+            wrong.push(format!("{words:?}: {error:#}"));
+        }
     }
+    for kind in ["pid", "ipc", "uts", "mount", "network"] {
+        let mut bundle = Bundle::new(ctr)?;
+        let all = bundle.spec["linux"]["namespaces"].as_array_mut();
+        all.context("the spec has no namespaces")?
+            .retain(|namespace| namespace["type"] != kind);
+        if let Err(error) = bundle.refused(&["linux.namespaces", kind, "host"]) {
+            wrong.push(format!("{kind}: {error:#}"));
+        }
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n        "));
+    let made = appearing.names()?;
+    ensure!(made.is_empty(), "machines were made for nothing: {made:?}");
+
     let mut bundle = Bundle::new(ctr)?;
     bundle.spec["process"]["apparmorProfile"] = "docker-default".into();
     bundle.spec["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0:c1,c2".into();
     bundle.spec["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0:c1,c2".into();
-    bundle.check(&[("defaults are passed over", "echo runs", "runs")])
+    bundle.check(&[("defaults are passed over", "echo runs", "runs")])?;
+    ensure!(!appearing.names()?.is_empty(), "nothing is seen to be made");
+    Ok(())
+}
+
+/// Where in the spec, what is added there, and what the refusal says.
+fn refusals() -> Vec<(&'static str, Value, &'static [&'static str])> {
+    let bind = |options: &[&str]| json!({ "destination": "/a", "type": "bind", "source": "/etc", "options": options });
+    vec![
+        (
+            "/process",
+            json!({ "apparmorProfile": "my-profile" }),
+            &["apparmorProfile", "my-profile"],
+        ),
+        (
+            "/process",
+            json!({ "selinuxLabel": "system_u:system_r:my_t:s0" }),
+            &["selinuxLabel", "my_t"],
+        ),
+        (
+            "/linux",
+            json!({ "mountLabel": "system_u:object_r:my_t:s0" }),
+            &["mountLabel", "my_t"],
+        ),
+        (
+            "/linux",
+            json!({ "intelRdt": { "closID": "x" } }),
+            &["intelRdt", "cache"],
+        ),
+        (
+            "/linux",
+            json!({ "sysctl": { "vm.swappiness": "1" } }),
+            &["sysctl", "vm.swappiness"],
+        ),
+        (
+            "/linux",
+            json!({ "seccomp": { "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                { "names": ["read"], "action": "SCMP_ACT_NOTIFY" } ] } }),
+            &["seccomp", "notify"],
+        ),
+        (
+            "/linux",
+            json!({ "devices": [{ "type": "b", "path": "/dev/disk", "major": 8, "minor": 0 }] }),
+            &["devices", "/dev/disk", "block device"],
+        ),
+        (
+            "/linux/namespaces",
+            json!({ "type": "user", "path": "/proc/1/ns/user" }),
+            &["namespaces", "user"],
+        ),
+        ("/mounts", bind(&["rbind", "idmap"]), &["/a", "mapped ids"]),
+        ("/mounts", bind(&["rbind", "rshared"]), &["/a", "the host"]),
+        ("/mounts", bind(&["rbind", "remount"]), &["/a", "remount"]),
+        (
+            "/mounts",
+            json!({ "destination": "/a", "type": "ext4", "source": "/dev/vda" }),
+            &["/a", "file system"],
+        ),
+    ]
 }

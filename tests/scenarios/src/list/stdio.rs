@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::ctr::Ctr;
-use crate::fifo::{Fifo, Place, Reader};
+use crate::fifo::{Fifos, Place};
+use crate::guest::Guest;
 use crate::host;
 use crate::shim::{Shim, Streams, granted};
 
@@ -24,6 +26,9 @@ const EXECS_FULL: u32 = 1000;
 /// By so much fewer are enough to see that the scenario is fair to runc, whose execs take longest.
 const RUNC_DIVISOR: u32 = 5;
 
+/// How often a terminal changes its size.
+const SIZES: u32 = 6;
+
 /// Execs before the first count: the first of them may leave something that is used again.
 const EXECS_BEFORE: u32 = 5;
 
@@ -36,7 +41,7 @@ pub(super) fn streams(ctr: &Ctr) -> Result<()> {
     let shim = Shim::of(&ctr.id)?;
     let place = Place::make("stdio")?;
     type Check = fn(&Shim, &Place) -> Result<()>;
-    let checks: [(&str, Check); 10] = [
+    let checks: [(&str, Check); 12] = [
         ("statuses", statuses),
         ("nothing", nothing),
         ("file", file),
@@ -45,6 +50,8 @@ pub(super) fn streams(ctr: &Ctr) -> Result<()> {
         ("readers come and go", readers_come_and_go),
         ("late reader", late_reader),
         ("stdin is attached again", stdin_is_attached_again),
+        ("a terminal's size", terminal_size),
+        ("many at once", many_at_once),
         ("last words", last_words),
         ("round trip", round_trip),
     ];
@@ -90,25 +97,62 @@ fn nothing(shim: &Shim, _: &Place) -> Result<()> {
 
 /// A file takes both outputs, behind what is there, and its directory is made.
 fn file(shim: &Shim, place: &Place) -> Result<()> {
-    // runc's shim may close the file when one of the streams has ended.
-    const SCRIPT: &str = "echo out; echo err >&2; sleep 1";
+    // runc's shim may close the file when one of the streams has ended: both are there until then.
+    const SCRIPT: &str = "echo out; echo err >&2; read line";
     let path = place.at("deep/log");
+    let input = place.fifo("file-in")?;
     let streams = Streams {
+        stdin: input.name(),
         stdout: format!("file://{path}"),
         stderr: format!("file://{path}"),
         ..Streams::default()
     };
-    for _ in 0..2 {
-        let status = shim.run("file", &streams, &["sh", "-c", SCRIPT])?;
+    for times in 1..=2 {
+        granted(shim.exec("file", &streams, &["sh", "-c", SCRIPT]))?;
+        granted(shim.start("file"))?;
+        let wanted = ["err", "out"].map(|line| [line].repeat(times)).concat();
+        let is_whole = |text: &str| {
+            let mut lines: Vec<_> = text.lines().collect();
+            lines.sort_unstable();
+            lines == wanted
+        };
+        host::file_becomes(Path::new(&path), is_whole)?;
+        input.writer()?.write(b"\n")?;
+        let status = granted(shim.wait("file"))?.exit_status();
+        granted(shim.delete("file"))?;
         ensure!(status == 0, "it ended with {status}");
     }
-    let text = fs::read_to_string(&path).context("cannot read the log")?;
-    let mut lines: Vec<_> = text.lines().collect();
-    lines.sort_unstable();
-    ensure!(
-        lines == ["err", "err", "out", "out"],
-        "the log has {text:?}"
-    );
+    Ok(())
+}
+
+/// A process hears of every size that its terminal is given. `ctr` may miss one before it listens for
+/// them; nobody else may.
+fn terminal_size(shim: &Shim, place: &Place) -> Result<()> {
+    // Signals other than those of the traps don't interrupt what the shell waits for.
+    const SCRIPT: &str = "trap 'stty size' WINCH; echo ready; sleep 1000 & while :; do wait; done";
+    let (stdin, stdout) = (place.fifo("tty-in")?, place.fifo("tty-out")?);
+    let reader = stdout.reader()?;
+    let streams = Streams {
+        stdin: stdin.name(),
+        stdout: stdout.name(),
+        terminal: true,
+        ..Streams::default()
+    };
+    granted(shim.exec("tty", &streams, &["sh", "-c", SCRIPT]))?;
+    granted(shim.start("tty"))?;
+    ensure!(reader.line()?.trim_end() == "ready", "it is not ready");
+    for number in 1..=SIZES {
+        let (width, height) = (70 + number, 20 + number);
+        granted(shim.resize("tty", width, height))?;
+        let said = reader.line()?;
+        ensure!(
+            said.trim_end() == format!("{height} {width}"),
+            "with {width} columns of {height} it said {said:?}"
+        );
+    }
+    granted(shim.kill("tty", 9, false))?;
+    granted(shim.wait("tty"))?;
+    granted(shim.delete("tty"))?;
     Ok(())
 }
 
@@ -162,41 +206,6 @@ fn missing_log_driver(shim: &Shim, _: &Place) -> Result<()> {
     Ok(())
 }
 
-/// FIFOs for all streams of an exec.
-struct Fifos {
-    stdin: Fifo,
-    stdout: Fifo,
-    stderr: Fifo,
-    /// Nobody says anything there, but runc's shim waits for somebody who listens.
-    _listener: Reader,
-}
-
-impl Fifos {
-    fn make(place: &Place, name: &str) -> Result<(Self, Streams)> {
-        let stderr = place.fifo(&format!("{name}-err"))?;
-        let fifos = Self {
-            stdin: place.fifo(&format!("{name}-in"))?,
-            stdout: place.fifo(&format!("{name}-out"))?,
-            _listener: stderr.reader()?,
-            stderr,
-        };
-        let streams = Streams {
-            stdin: fifos.stdin.name(),
-            stdout: fifos.stdout.name(),
-            stderr: fifos.stderr.name(),
-            ..Streams::default()
-        };
-        Ok((fifos, streams))
-    }
-
-    fn remove(self) -> Result<()> {
-        for fifo in [self.stdin, self.stdout, self.stderr] {
-            fs::remove_file(fifo.name())?;
-        }
-        Ok(())
-    }
-}
-
 /// What is written while nobody reads is there for the reader that comes back.
 fn readers_come_and_go(shim: &Shim, place: &Place) -> Result<()> {
     let (fifos, streams) = Fifos::make(place, "readers")?;
@@ -242,14 +251,78 @@ fn stdin_is_attached_again(shim: &Shim, place: &Place) -> Result<()> {
     for line in ["first", "second"] {
         let writer = fifos.stdin.writer()?;
         writer.write(format!("{line}\n").as_bytes())?;
-        drop(writer);
         ensure!(reader.line()? == line, "{line} does not come back");
+        // Not sooner: runc's shim may still be about to open its own end, that is to stay.
+        drop(writer);
     }
     granted(shim.close_stdin("again"))?;
     let status = granted(shim.wait("again"))?.exit_status();
     ensure!(status == 0, "after CloseIO it ended with {status}");
     granted(shim.delete("again"))?;
     ensure!(reader.rest()?.is_empty(), "more than was written");
+    Ok(())
+}
+
+/// Execs that run at the same time, each as somebody else and every second one with a terminal.
+fn many_at_once(shim: &Shim, place: &Place) -> Result<()> {
+    const AT_ONCE: u32 = 6;
+    const SCRIPT: &str = "echo $WORD; id -u; pwd; grep CapEff /proc/self/status | cut -f2
+        test -t 1 && stty size; read line; echo $line; exit $(id -u)";
+    let mut running = Vec::new();
+    for number in 1..=AT_ONCE {
+        let name = format!("once{number}");
+        let (fifos, mut streams) = Fifos::make(place, &name)?;
+        streams.terminal = number % 2 == 0;
+        if streams.terminal {
+            streams.stderr.clear();
+        }
+        let capability = ["CAP_CHOWN", "CAP_KILL"][usize::from(streams.terminal)];
+        let process = serde_json::json!({
+            "terminal": streams.terminal,
+            "consoleSize": { "height": 20 + number, "width": 70 + number },
+            "user": { "uid": number, "gid": 0 },
+            "args": ["sh", "-c", SCRIPT],
+            "env": ["PATH=/bin", format!("WORD={name}")],
+            "cwd": if streams.terminal { "/tmp" } else { "/etc" },
+            "capabilities": {
+                "bounding": [capability], "effective": [capability], "permitted": [capability],
+                "inheritable": [capability], "ambient": [capability],
+            },
+        });
+        let reader = fifos.stdout.reader()?;
+        let writer = fifos.stdin.writer()?;
+        granted(shim.exec_json(&name, &streams, &process.to_string()))?;
+        running.push((number, name, streams.terminal, reader, writer, fifos));
+    }
+    for (_, name, ..) in &running {
+        granted(shim.start(name))?;
+    }
+    for (_, _, _, _, writer, _) in &running {
+        // All of them wait for it, and so run now.
+        writer.write(b"bye\n")?;
+    }
+    for (number, name, terminal, reader, ..) in &running {
+        let status = granted(shim.wait(name))?.exit_status();
+        granted(shim.delete(name))?;
+        let said = String::from_utf8_lossy(&reader.rest()?).replace('\r', "");
+        let wanted = match terminal {
+            // The terminal echoes what is typed, sooner or later.
+            true => format!(
+                "{name}\n{number}\n/tmp\n0000000000000020\n{} {}\nbye\n",
+                20 + number,
+                70 + number
+            ),
+            false => format!("{name}\n{number}\n/etc\n0000000000000001\nbye\n"),
+        };
+        let said = match terminal {
+            true => said.replacen("bye\n", "", 1),
+            false => said,
+        };
+        ensure!(
+            status == *number && said == wanted,
+            "exec {number} ended with {status} and said {said:?}"
+        );
+    }
     Ok(())
 }
 
@@ -350,10 +423,12 @@ pub(super) fn very_many_execs(ctr: &Ctr) -> Result<()> {
 }
 
 fn leave_nothing(ctr: &Ctr, execs: u32) -> Result<()> {
-    ctr.detach(&[], &["sleep", "1000"])?;
+    ctr.detach(&["--privileged"], &["sleep", "1000"])?;
     let shim = Shim::of(&ctr.id)?;
     let place = Place::make("execs")?;
     run_many(&shim, &place, EXECS_BEFORE)?;
+    let look = |exec: &str| ctr.is_husk().then(|| Guest::look(ctr, exec)).transpose();
+    let guest_before = look("before")?;
     let before = Held::look(ctr)?;
     let execs = match ctr.is_husk() {
         true => execs,
@@ -365,6 +440,15 @@ fn leave_nothing(ctr: &Ctr, execs: u32) -> Result<()> {
         ensure!(
             *after <= before + STRAGGLERS_MAX,
             "{name}: {before} before {execs} execs, {after} after them"
+        );
+    }
+    if let (Some(before), Some(after)) = (guest_before, look("after")?) {
+        ensure!(
+            after.descriptors <= before.descriptors + STRAGGLERS_MAX
+                && after.threads <= before.threads
+                && after.processes <= before.processes
+                && after.zombies == 0,
+            "before {execs} execs the guest had {before:?}, after them {after:?}"
         );
     }
     let processes = granted(shim.pids())?.processes.len();
