@@ -74,10 +74,7 @@ impl Network {
         let lo = links.iter().find(|link| link.name == LOOPBACK_NAME);
         let wanted = Wanted::parse(request, &devices, lo.map(|lo| lo.index))?;
         self.remove_old(&mut connection, &wanted);
-        let set = self.add_new(&mut connection, &links, &wanted);
-        // What was set of a request that failed is not told apart: it may be set again.
-        self.set = wanted;
-        set
+        self.add_new(&mut connection, &links, wanted)
     }
 
     /// Removes what was set and is not wanted any more. What is gone already is as good.
@@ -91,25 +88,35 @@ impl Network {
         for address in old(&self.set.addresses, &wanted.addresses) {
             let _ = connection.remove_address(address);
         }
+        self.set
+            .neighbours
+            .retain(|one| wanted.neighbours.contains(one));
+        self.set.routes.retain(|one| wanted.routes.contains(one));
+        self.set
+            .addresses
+            .retain(|one| wanted.addresses.contains(one));
     }
 
+    /// Writes down what was set as it is, so that what fails is tried again.
     fn add_new(
-        &self,
+        &mut self,
         connection: &mut Connection,
         links: &[Link],
-        wanted: &Wanted,
+        wanted: Wanted,
     ) -> Result<(), NetworkError> {
-        free_names(connection, links, wanted)?;
+        free_names(connection, links, &wanted)?;
         for link in &wanted.links {
             change(connection, links, link)?;
         }
-        for address in old(&wanted.addresses, &self.set.addresses) {
-            connection.add_address(address).map_err(step(|| {
+        self.set.links = wanted.links;
+        for address in new(wanted.addresses, &self.set.addresses) {
+            connection.add_address(&address).map_err(step(|| {
                 let (address, length) = (address.address, address.prefix_length);
                 format!("add the address {address}/{length}")
             }))?;
+            self.set.addresses.push(address);
         }
-        for link in &wanted.links {
+        for link in &self.set.links {
             let change = LinkChange {
                 is_up: Some(link.is_up),
                 ..LinkChange::default()
@@ -119,24 +126,33 @@ impl Network {
                 .map_err(step(|| format!("bring {} up", link.name)))?;
         }
         // The way to a router must be there before a route that leads to the router.
-        let (through, direct): (Vec<_>, Vec<_>) = old(&wanted.routes, &self.set.routes)
+        let (through, direct): (Vec<_>, Vec<_>) = new(wanted.routes, &self.set.routes)
+            .into_iter()
             .partition(|route| route.hops.iter().any(|hop| hop.gateway.is_some()));
         for route in direct.into_iter().chain(through) {
-            match connection.add_route(route) {
+            match connection.add_route(&route) {
                 Err(error) if error.raw_os_error() == Some(Errno::EXIST.raw_os_error()) => {}
                 added => added.map_err(step(|| {
                     let (destination, length) = (route.destination, route.prefix_length);
                     format!("add the route to {destination}/{length}")
                 }))?,
             }
+            self.set.routes.push(route);
         }
-        for neighbour in old(&wanted.neighbours, &self.set.neighbours) {
+        for neighbour in new(wanted.neighbours, &self.set.neighbours) {
             connection
-                .add_neighbour(neighbour)
+                .add_neighbour(&neighbour)
                 .map_err(step(|| format!("add the neighbour {}", neighbour.address)))?;
+            self.set.neighbours.push(neighbour);
         }
         Ok(())
     }
+}
+
+/// Those of `wanted` that are not among `others`.
+fn new<T: PartialEq>(mut wanted: Vec<T>, others: &[T]) -> Vec<T> {
+    wanted.retain(|one| !others.contains(one));
+    wanted
 }
 
 /// Those of `all` that are not among `others`.

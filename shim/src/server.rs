@@ -158,6 +158,8 @@ impl PodMaker for Maker {
             .map_err(|error| PodError::new(Code::INTERNAL, chain(&error)))?;
         let sandbox = Arc::new(sandbox);
         tokio::spawn(log_end(self.id.clone(), sandbox.clone()));
+        let followed = sandbox.clone();
+        tokio::spawn(async move { followed.follow_network_changes().await });
         if Role::of(&first.spec) == Role::Sandbox {
             forward_ports(sandbox.clone()).await;
         }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::{
-    Address, Connection, Hop, LOOPBACK, Link, LinkChange, Neighbour, Route, loopback, tap,
+    Address, Connection, Hop, LOOPBACK, Link, LinkChange, Monitor, Neighbour, Route, loopback, tap,
 };
 
 /// Runs `test` in a new network namespace, where that is allowed.
@@ -225,5 +225,34 @@ fn connections_to_any_port_of_loopback_are_caught_until_the_end() {
         assert!(TcpStream::connect(("127.0.0.2", 80)).is_err());
         drop(caught);
         assert!(TcpStream::connect(addresses[0]).is_err());
+    });
+}
+
+#[test]
+fn monitor_hears_of_changes_and_of_nothing_else() {
+    in_namespace(|connection| {
+        let monitor = Monitor::open().unwrap();
+        assert!(!monitor.take().unwrap());
+        let up = LinkChange {
+            is_up: Some(true),
+            ..LinkChange::default()
+        };
+        let lo = link(connection, "lo").index;
+        connection.change_link(lo, &up).unwrap();
+        assert!(monitor.take().unwrap());
+        // More than one socket holds.
+        for turn in 0..4000 {
+            let mtu = LinkChange {
+                mtu: Some(1300 + turn % 2),
+                ..LinkChange::default()
+            };
+            connection.change_link(lo, &mtu).unwrap();
+        }
+        let mut takes = 0;
+        while monitor.take().unwrap() {
+            takes += 1;
+            assert!(takes < 100, "it hears what nobody says");
+        }
+        assert!(takes > 0);
     });
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use husk_netlink::Monitor;
 use husk_protocol::STREAM_PORT_MIN;
 use husk_protocol::messages::HelloResponse;
 use husk_vmm_control::{BootConfig, NetConfig, monotonic_us};
@@ -64,6 +65,8 @@ pub struct Sandbox {
     /// The VMM lives in it, and the guest has its interfaces.
     pub(crate) netns: Netns,
     pub(crate) network: tokio::sync::Mutex<Devices>,
+    /// Of the network namespace, until somebody follows it.
+    pub(crate) monitor: Mutex<Option<Monitor>>,
     pub(crate) agent: Agent,
     /// The next port for a stream. Never counts back.
     pub(crate) ports: AtomicU32,
@@ -133,10 +136,10 @@ impl Sandbox {
         timings.prepared_us = monotonic_us();
         let (spawned, attached) = tokio::join!(
             Spawned::spawn(config, &netns, &files.vmm_log),
-            network::attach(&netns, Vec::new()),
+            network::attach_all(&netns),
         );
         let spawned = spawned?;
-        let (survey, attached) = match attached {
+        let (found, monitor) = match attached {
             Ok(attached) => attached,
             Err(error) => {
                 spawned.abandon().await;
@@ -144,7 +147,7 @@ impl Sandbox {
             }
         };
         timings.spawned_us = monotonic_us();
-        let (mut devices, net, taps) = Devices::of(attached, config.spare_net_devices);
+        let (mut devices, net, taps) = Devices::of(found.attached, config.spare_net_devices);
         let boot = boot_config(config, state, record.cgroup.as_deref(), net)?;
         let (vmm, boot_times) = spawned
             .boot(boot, &files, theirs, &taps, |pid| {
@@ -159,7 +162,7 @@ impl Sandbox {
 
         let started = async {
             let (agent, hello) = Self::reach_agent(config, &vmm, ours).await?;
-            devices.configure(&agent, &vmm, &survey).await?;
+            devices.configure(&agent, &vmm, &found.survey).await?;
             Ok::<_, StartError>((agent, hello))
         };
         let (agent, hello) = match started.await {
@@ -181,6 +184,7 @@ impl Sandbox {
             state: state.clone(),
             vmm,
             netns,
+            monitor: Mutex::new(devices.has_any().then_some(monitor)),
             network: tokio::sync::Mutex::new(devices),
             agent,
             ports: AtomicU32::new(STREAM_PORT_MIN),

@@ -145,7 +145,7 @@ impl Default for VmSettings {
 impl Default for NetworkSettings {
     fn default() -> Self {
         Self {
-            spare_interfaces: 1,
+            spare_interfaces: 3,
         }
     }
 }

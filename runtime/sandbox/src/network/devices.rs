@@ -1,21 +1,29 @@
 //! Which of the machine's network devices serves which interface, as interfaces come and go.
 
+use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::PoisonError;
 
+use husk_netlink::Monitor;
 use husk_protocol::messages as m;
 use husk_vmm_control::{NET_DEVICES_MAX, NetConfig};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::message::request;
 use super::{Attached, NetworkError, Survey, attach};
 use crate::agent::Agent;
-use crate::error::cap_text;
+use crate::error::{cap_text, describe};
+use crate::netns::Netns;
 use crate::vmm::Vmm;
-use crate::{ContainerError, Sandbox, StartError};
+use crate::{ContainerError, Sandbox, StartError, readiness};
 
 /// The interfaces by device; `None` where a device has none.
 #[derive(Debug)]
 pub(crate) struct Devices {
     links: Vec<Option<u32>>,
+    /// Interfaces that can't be had, and why.
+    refused: Vec<(u32, String)>,
     /// Interfaces may still come.
     has_spare: bool,
     /// What the guest was last told.
@@ -40,10 +48,16 @@ impl Devices {
         let told = m::ConfigureNetworkRequest::new();
         let devices = Self {
             links,
+            refused: Vec::new(),
             has_spare: spare > 0,
             told,
         };
         (devices, net, taps)
+    }
+
+    /// Whether the machine has any, used or not.
+    pub(crate) fn has_any(&self) -> bool {
+        !self.links.is_empty()
     }
 
     fn device_of(&self, link: u32) -> Option<usize> {
@@ -82,13 +96,18 @@ impl Devices {
         Ok(())
     }
 
-    /// Plugs in what has come and pulls out what has gone.
+    /// Plugs in what has come and pulls out what has gone. Answers with what can't be had, which is not
+    /// tried again: a tap that is made, and given up, is a change to follow as well.
     async fn follow(
         &mut self,
+        netns: &Netns,
+        agent: &Agent,
         vmm: &Vmm,
-        survey: &Survey,
-        attached: Vec<Attached>,
-    ) -> Result<(), ContainerError> {
+    ) -> Result<Vec<NetworkError>, ContainerError> {
+        let known: Vec<u32> = self.links.iter().copied().flatten().collect();
+        let refused = self.refused.iter().map(|(link, _)| *link).collect();
+        let free = self.links.len() - known.len();
+        let found = attach(netns, known, refused, free).await?;
         let plug = |device, tap| async move {
             let plugged = vmm.plug_net(device, tap).await;
             plugged.map_err(|text| ContainerError::Vmm {
@@ -98,21 +117,29 @@ impl Devices {
         };
         for (device, served) in self.links.iter_mut().enumerate() {
             let Some(link) = *served else { continue };
-            if survey.links.iter().all(|found| found.index != link) {
+            if !found.survey.has(link) {
                 plug(device, None).await?;
                 *served = None;
             }
         }
-        for one in attached {
-            let Some(device) = self.links.iter().position(Option::is_none) else {
-                let found = survey.links.iter().find(|found| found.index == one.link);
-                let interface = found.map_or_else(String::new, |found| found.name.clone());
-                return Err(NetworkError::NoDevice { interface }.into());
-            };
+        let free = self.links.iter_mut().enumerate();
+        let free = free.filter(|(_, served)| served.is_none());
+        // As many as it was told are free are attached at most.
+        for ((device, served), one) in free.zip(found.attached) {
             plug(device, Some(one.tap)).await?;
-            self.links[device] = Some(one.link);
+            *served = Some(one.link);
         }
-        Ok(())
+        self.refused.retain(|(link, _)| found.survey.has(*link));
+        let texts = self.refused.iter().map(|(_, text)| text.clone());
+        let mut left: Vec<_> = texts.map(|text| NetworkError::Refused { text }).collect();
+        for (link, error) in found.left {
+            if !matches!(error, NetworkError::NoDevice { .. }) {
+                self.refused.push((link, describe(&error)));
+            }
+            left.push(error);
+        }
+        self.tell(agent, vmm, &found.survey).await?;
+        Ok(left)
     }
 }
 
@@ -126,9 +153,71 @@ impl Sandbox {
         if !devices.has_spare {
             return Ok(());
         }
-        let known = devices.links.iter().copied().flatten().collect();
-        let (survey, attached) = attach(&self.netns, known).await?;
-        devices.follow(&self.vmm, &survey, attached).await?;
-        devices.tell(&self.agent, &self.vmm, &survey).await
+        let left = devices.follow(&self.netns, &self.agent, &self.vmm).await?;
+        match left.into_iter().next() {
+            Some(error) => Err(error.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Has the guest's network follow the pod's network namespace, until the virtual machine ends. The
+    /// second call has nothing to do.
+    pub async fn follow_network_changes(&self) {
+        let monitor = self.monitor.lock();
+        let monitor = monitor.unwrap_or_else(PoisonError::into_inner).take();
+        let Some(monitor) = monitor else { return };
+        let monitor = match readiness::watch(monitor, Interest::READABLE) {
+            Ok(monitor) => monitor,
+            Err(error) => {
+                tracing::warn!(%error, "the pod's network is not followed");
+                return;
+            }
+        };
+        let mut told = String::new();
+        loop {
+            let changed = tokio::select! {
+                changed = hear(&monitor) => changed,
+                _ = self.vmm.ended() => return,
+            };
+            if let Err(error) = changed {
+                tracing::warn!(%error, "the pod's network is not followed any more");
+                return;
+            }
+            let trouble = self.trouble_with_changes().await;
+            // Each change is a new occasion for the same complaint.
+            if !trouble.is_empty() && trouble != told {
+                tracing::warn!(
+                    trouble,
+                    "the guest does not have the pod's network as it is"
+                );
+            }
+            told = trouble;
+        }
+    }
+
+    /// Follows, and says what could not be.
+    async fn trouble_with_changes(&self) -> String {
+        let mut devices = self.network.lock().await;
+        let followed = devices.follow(&self.netns, &self.agent, &self.vmm).await;
+        match followed {
+            Ok(left) => {
+                let texts: Vec<_> = left.iter().map(|error| describe(error)).collect();
+                texts.join("; ")
+            }
+            // Whoever waits for the end is told the reason.
+            Err(ContainerError::VmGone(_)) => String::new(),
+            Err(error) => describe(&error),
+        }
+    }
+}
+
+/// Waits for a change.
+async fn hear(monitor: &AsyncFd<Monitor>) -> io::Result<()> {
+    loop {
+        let mut ready = monitor.readable().await?;
+        if ready.get_inner().take()? {
+            return Ok(());
+        }
+        ready.clear_ready();
     }
 }

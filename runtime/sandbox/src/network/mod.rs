@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use husk_netlink::{
-    Address, Connection, ETHERNET, LOOPBACK, Link, LinkChange, Mac, Neighbour, Route, tap,
+    Address, Connection, ETHERNET, LOOPBACK, Link, LinkChange, Mac, Monitor, Neighbour, Route, tap,
 };
 use husk_vmm_control::NET_DEVICES_MAX;
 use rustix::io::Errno;
@@ -54,6 +54,12 @@ pub enum NetworkError {
         /// Its name.
         interface: String,
     },
+    /// One that could not be had when it came, and is there still.
+    #[error("{text}")]
+    Refused {
+        /// The error at that time.
+        text: String,
+    },
     /// An interface that carries no Ethernet frames.
     #[error(
         "the interface {interface} is not Ethernet, which is all that a virtual machine can have"
@@ -88,6 +94,8 @@ pub(crate) struct Survey {
     pub(crate) addresses: Vec<Address>,
     pub(crate) routes: Vec<Route>,
     pub(crate) neighbours: Vec<Neighbour>,
+    /// Those of virtual machines.
+    taps: Vec<Link>,
 }
 
 /// A tap that was tied to an interface.
@@ -99,36 +107,101 @@ pub(crate) struct Attached {
     pub(crate) tap: OwnedFd,
 }
 
-/// Looks at the namespace, and ties taps to those of its interfaces that are not `known`.
+/// What came of a look at the namespace.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) survey: Survey,
+    /// Those that have come.
+    pub(crate) attached: Vec<Attached>,
+    /// Those that have come and can't be had.
+    pub(crate) left: Vec<(u32, NetworkError)>,
+}
+
+/// Looks at the namespace, and ties taps to those of its interfaces that are neither `known` nor
+/// `refused`, as far as there are devices `free`.
 pub(crate) async fn attach(
     netns: &Netns,
     known: Vec<u32>,
-) -> Result<(Survey, Vec<Attached>), NetworkError> {
+    refused: Vec<u32>,
+    free: usize,
+) -> Result<Found, NetworkError> {
     let netns = netns.clone();
     let work = move || {
         netns.enter().map_err(NetworkError::Enter)?;
         let mut connection = Connection::open().map_err(NetworkError::Enter)?;
-        let survey = Survey::make(&mut connection)?;
-        let mut attached = Vec::new();
-        for link in &survey.links {
-            if known.contains(&link.index) {
-                continue;
-            }
-            match attach_one(&mut connection, link) {
-                Ok(one) => attached.push(one),
-                Err(error) => {
-                    for done in &attached {
-                        release(&mut connection, done.link);
-                    }
-                    return Err(error);
-                }
-            }
-        }
-        Ok((survey, attached))
+        look(&mut connection, &known, &refused, free)
     };
     on_thread("network", work)
         .await
         .map_err(NetworkError::Enter)?
+}
+
+/// Ties taps to all interfaces. The monitor hears of everything that changes after that.
+pub(crate) async fn attach_all(netns: &Netns) -> Result<(Found, Monitor), NetworkError> {
+    let netns = netns.clone();
+    let work = move || {
+        netns.enter().map_err(NetworkError::Enter)?;
+        let monitor = Monitor::open().map_err(NetworkError::Enter)?;
+        let mut connection = Connection::open().map_err(NetworkError::Enter)?;
+        let mut found = look(&mut connection, &[], &[], NET_DEVICES_MAX)?;
+        let Some((_, error)) = found.left.pop() else {
+            return Ok((found, monitor));
+        };
+        for done in &found.attached {
+            release(&mut connection, done.link);
+        }
+        Err(error)
+    };
+    on_thread("network", work)
+        .await
+        .map_err(NetworkError::Enter)?
+}
+
+fn look(
+    connection: &mut Connection,
+    known: &[u32],
+    refused: &[u32],
+    free: usize,
+) -> Result<Found, NetworkError> {
+    let mut found = Found {
+        survey: Survey::make(connection)?,
+        ..Found::default()
+    };
+    for link in &found.survey.links {
+        if known.contains(&link.index) {
+            keep_up(connection, link, &found.survey.taps)?;
+        } else if refused.contains(&link.index) {
+            continue;
+        } else if found.attached.len() == free {
+            let interface = link.name.clone();
+            let error = NetworkError::NoDevice { interface };
+            found.left.push((link.index, error));
+        } else {
+            match attach_one(connection, link) {
+                Ok(one) => found.attached.push(one),
+                Err(error) => found.left.push((link.index, error)),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Lets the tap of an interface pass as much as the interface does.
+fn keep_up(connection: &mut Connection, link: &Link, taps: &[Link]) -> Result<(), NetworkError> {
+    let mtu = link.mtu.min(TAP_MTU_MAX);
+    let name = tap_name(link.index);
+    let outdated = taps.iter().find(|tap| tap.name == name && tap.mtu != mtu);
+    let Some(tap) = outdated else { return Ok(()) };
+    let change = LinkChange {
+        mtu: Some(mtu),
+        ..LinkChange::default()
+    };
+    let changed = connection.change_link(tap.index, &change);
+    changed.map_err(|source| NetworkError::Attach {
+        interface: link.name.clone(),
+        step: "change the MTU of its tap",
+        source,
+    })
 }
 
 /// Ends all redirections in a namespace that somebody else has made. One that is not there any more
@@ -228,9 +301,15 @@ const TAP_PREFIX: &str = "husk";
 const TAP_MTU_MAX: u32 = 65521;
 
 impl Survey {
+    /// Whether an interface is there.
+    pub(crate) fn has(&self, link: u32) -> bool {
+        self.links.iter().any(|found| found.index == link)
+    }
+
     fn make(connection: &mut Connection) -> Result<Self, NetworkError> {
         let list = |what| move |source| NetworkError::List { what, source };
         let links = connection.links().map_err(list("interfaces"))?;
+        let (taps, links) = links.into_iter().partition(is_tap);
         let links = usable(links)?;
         if links.is_empty() {
             return Ok(Self::default());
@@ -250,6 +329,7 @@ impl Survey {
             addresses,
             routes,
             neighbours,
+            taps,
         })
     }
 }

@@ -10,6 +10,7 @@ mod files;
 mod hooks;
 mod limits;
 mod network;
+mod network_later;
 mod orphans;
 mod pods;
 mod pods_network;
@@ -220,6 +221,10 @@ pub(crate) const ALL: &[Scenario] = &[
     husk("pods_killed", |ctr| pods::killed(ctr)),
     both("bridge_of_two_pods", |ctr| network::bridge_of_two_pods(ctr)),
     both("ipv6_only", |ctr| network::ipv6_only(ctr)),
+    both("changes_of_a_namespace", |ctr| {
+        network_later::changes_of_a_namespace(ctr)
+    }),
+    both("docker_networks", |ctr| network_later::docker_networks(ctr)),
     both("namespace_that_is_not_there", |ctr| {
         network::namespace_that_is_not_there(ctr)
     }),

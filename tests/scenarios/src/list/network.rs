@@ -21,12 +21,12 @@ const DEADLINE_S: &str = "100";
 const BLOB_BYTES: u64 = 12 * 1024 * 1024;
 
 /// A network namespace with a name. Dropping it removes it.
-struct Netns {
+pub(super) struct Netns {
     name: String,
 }
 
 impl Netns {
-    fn new(ctr: &Ctr, which: &str) -> Result<Self> {
+    pub(super) fn new(ctr: &Ctr, which: &str) -> Result<Self> {
         let name = format!("{}-{which}", ctr.id);
         host(&format!(
             "ip netns add {name} && ip -n {name} link set lo up"
@@ -43,7 +43,7 @@ impl Netns {
     }
 
     /// `ip` in it.
-    fn ip(&self, arguments: &str) -> Result<String> {
+    pub(super) fn ip(&self, arguments: &str) -> Result<String> {
         host(&format!("ip -n {} {arguments}", self.name))
     }
 }
@@ -59,13 +59,13 @@ impl Drop for Netns {
 }
 
 /// A bridge of the host, with networks of both families. Dropping it removes it.
-struct Bridge {
+pub(super) struct Bridge {
     name: &'static str,
     conf: String,
 }
 
 impl Bridge {
-    fn new(name: &'static str, mtu: u32, ranges: &[&str]) -> Self {
+    pub(super) fn new(name: &'static str, mtu: u32, ranges: &[&str]) -> Self {
         let range = |subnet: &&str| format!("[{{\"subnet\":\"{subnet}\"}}]");
         let ranges: Vec<_> = ranges.iter().map(range).collect();
         let conf = format!(
@@ -83,7 +83,7 @@ impl Bridge {
     }
 
     /// Makes an interface in the namespace. Returns what the plugin says.
-    fn add(&self, netns: &Netns, interface: &str) -> Result<String> {
+    pub(super) fn add(&self, netns: &Netns, interface: &str) -> Result<String> {
         plugin(
             "ADD",
             "bridge",
@@ -142,13 +142,13 @@ fn host(script: &str) -> Result<String> {
 }
 
 /// A container that runs in a namespace until it is dropped.
-struct Pod<'a> {
+pub(super) struct Pod<'a> {
     ctr: &'a Ctr,
     id: String,
 }
 
 impl<'a> Pod<'a> {
-    fn start(ctr: &'a Ctr, netns: &Netns) -> Result<Self> {
+    pub(super) fn start(ctr: &'a Ctr, netns: &Netns) -> Result<Self> {
         let pod = Self {
             ctr,
             id: netns.name.clone(),
@@ -160,7 +160,7 @@ impl<'a> Pod<'a> {
         Ok(pod)
     }
 
-    fn sh(&self, script: &str) -> Result<String> {
+    pub(super) fn sh(&self, script: &str) -> Result<String> {
         let exec = ["task", "exec", "--exec-id", "e", &self.id];
         let command = ["timeout", DEADLINE_S, "sh", "-c", script];
         let ended = self.ctr.ctr(&[&exec[..], &command[..]].concat())?;
@@ -183,7 +183,7 @@ impl<'a> Pod<'a> {
         })
     }
 
-    fn end(&self) -> Result<()> {
+    pub(super) fn end(&self) -> Result<()> {
         let id = self.id.as_str();
         self.ctr.ctr(&["task", "rm", "--force", id])?;
         self.ctr.ctr(&["container", "rm", id])?.success()?;
