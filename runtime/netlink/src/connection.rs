@@ -116,7 +116,13 @@ impl Connection {
                 }
                 is_whole &= message.flags & NLM_F_DUMP_INTR == 0;
                 match message.kind {
-                    NLMSG_DONE => return Ok(is_whole.then_some(entries)),
+                    NLMSG_DONE => {
+                        // A dump that fails under way ends with why.
+                        if !message.payload.is_empty() {
+                            result_of(message)?;
+                        }
+                        return Ok(is_whole.then_some(entries));
+                    }
                     NLMSG_ERROR => result_of(message)?,
                     _ => entries.extend(parse(message)),
                 }
@@ -158,5 +164,49 @@ fn result_of(message: Message<'_>) -> io::Result<()> {
     match number.cast_signed() {
         0 => Ok(()),
         number => Err(io::Error::from_raw_os_error(number.saturating_neg())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a dump is to whoever asked for it that ends with `payload`.
+    fn dump_that_ends_with(payload: &[u8]) -> io::Result<Vec<u16>> {
+        const ENTRY: u16 = 16;
+        let flags = SocketFlags::CLOEXEC;
+        let (kernel, socket) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let mut connection = Connection {
+            socket,
+            sequence: 0,
+            buffer: vec![0; BUFFER_BYTES],
+        };
+        for message in [
+            Request::new(ENTRY, 0, &[]),
+            Request::new(NLMSG_DONE, 0, payload),
+        ] {
+            // The first request has the number 1.
+            rustix::net::send(&kernel, &message.into_bytes(1), SendFlags::empty())?;
+        }
+        connection.dump(
+            |flags| Request::new(ENTRY, flags, &[]),
+            |message| Some(message.kind),
+        )
+    }
+
+    #[test]
+    fn dump_that_failed_under_way_is_no_list() {
+        let error = dump_that_ends_with(&(-Errno::NOBUFS.raw_os_error()).to_ne_bytes());
+        assert_eq!(
+            error.unwrap_err().raw_os_error(),
+            Some(Errno::NOBUFS.raw_os_error())
+        );
+    }
+
+    #[test]
+    fn dump_that_came_to_its_end_is_a_list() {
+        assert_eq!(dump_that_ends_with(&[]).unwrap(), [16]);
+        assert_eq!(dump_that_ends_with(&[0; 4]).unwrap(), [16]);
     }
 }
