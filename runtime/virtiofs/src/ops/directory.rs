@@ -72,7 +72,13 @@ impl Server {
         let mut entries = RawDir::new(handle.as_fd(), buffer);
         let mut next = request.offset;
         while let Some(entry) = entries.next() {
-            let entry = entry?;
+            let entry = match entry {
+                Ok(entry) => entry,
+                // What is in the reply was counted as mentioned, so it has to be sent. The next
+                // request begins here, and meets the error.
+                Err(_) if !output.is_empty() => return Ok(()),
+                Err(errno) => return Err(errno),
+            };
             let name = entry.file_name();
             let dirent = Dirent {
                 ino: match name.to_bytes() {
