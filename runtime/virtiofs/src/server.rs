@@ -11,9 +11,10 @@ use crate::counters::{Counters, Totals};
 use crate::handles::Handles;
 use crate::inodes::Inodes;
 use crate::memory::{HEADER_BYTES, ReplyWriter, RequestReader};
+use crate::ops::TRANSFER_BYTES_MAX;
 use crate::options::Options;
 use crate::request::Arguments;
-use crate::worker::Worker;
+use crate::worker::{ARGUMENTS_BYTES_MAX, Worker};
 
 /// Serves one directory tree to one guest. All threads share it.
 #[derive(Debug)]
@@ -238,13 +239,17 @@ impl Server {
     }
 }
 
+/// Longest request: a WRITE. A guest could describe one of gigabytes, since the buffers of a request
+/// may be the same pages many times over, and have a BATCH_FORGET of them keep the thread for long.
+const REQUEST_BYTES_MAX: usize = TRANSFER_BYTES_MAX as usize + ARGUMENTS_BYTES_MAX;
+
 /// Length of what follows the header, without extensions; `None` if the header can't be right.
 fn arguments_length(header: &InHeader, received: usize) -> Option<usize> {
     /// `total_extlen` counts in eight bytes.
     const EXTENSION_UNIT: usize = 8;
     let length = usize::try_from(header.len)
         .ok()
-        .filter(|length| *length <= received)?;
+        .filter(|length| *length <= received.min(REQUEST_BYTES_MAX))?;
     let extensions = usize::from(header.total_extlen).checked_mul(EXTENSION_UNIT)?;
     length
         .checked_sub(size_of::<InHeader>())?

@@ -29,6 +29,7 @@ const OPEN: u32 = 14;
 const READ: u32 = 15;
 const FORGET: u32 = 2;
 const INIT: u32 = 26;
+const BATCH_FORGET: u32 = 42;
 const ROOT: u64 = 1;
 
 const HEADER: usize = 40;
@@ -407,6 +408,27 @@ fn request_of_another_length_than_it_says_is_refused() {
         );
         assert_eq!(used, REPLY_HEADER);
         assert_eq!(u32_at(&reply, 4).cast_signed(), -libc::EIO);
+    });
+}
+
+#[test]
+fn request_longer_than_any_is_refused() {
+    const LONGEST: usize = (1 << 20) + 68 * 1024;
+    with_share(|share, guest| {
+        fs::write(share.join("f"), "").unwrap();
+        let node = guest.lookup(ROOT, "f").unwrap();
+        let mut arguments = vec![0; LONGEST + 1 - HEADER];
+        arguments[..4].copy_from_slice(&1_u32.to_ne_bytes());
+        arguments[8..16].copy_from_slice(&node.to_ne_bytes());
+        arguments[16..24].copy_from_slice(&1_u64.to_ne_bytes());
+
+        guest.call(BATCH_FORGET, 0, &arguments).unwrap();
+        assert_eq!(guest.server.counters().malformed, 1);
+        assert!(guest.inode_number(node).is_ok());
+
+        arguments.pop();
+        guest.call(BATCH_FORGET, 0, &arguments).unwrap();
+        assert_eq!(guest.inode_number(node), Err(libc::ESTALE));
     });
 }
 
