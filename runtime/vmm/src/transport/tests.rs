@@ -41,6 +41,8 @@ const USED_AND_CONFIG: u32 = reg::INTERRUPT_USED | reg::INTERRUPT_CONFIG;
 #[derive(Clone, Copy)]
 enum Manner {
     ServeUntilStopped,
+    /// Looks for the stop only after it was kicked.
+    HangUntilKicked,
     FailAtOnce,
     PanicAtOnce,
 }
@@ -86,7 +88,7 @@ impl Device for FakeDevice {
         let features = activation.features;
         self.seen.send(Seen::Started { features, sizes }).unwrap();
         match self.manner {
-            Manner::ServeUntilStopped => {}
+            Manner::ServeUntilStopped | Manner::HangUntilKicked => {}
             Manner::FailAtOnce => {
                 return Err(DeviceError::Host {
                     device: "fake",
@@ -97,6 +99,10 @@ impl Device for FakeDevice {
             Manner::PanicAtOnce => panic!("on purpose"),
         }
         let first = activation.queues.into_iter().flatten().next().unwrap();
+        if matches!(self.manner, Manner::HangUntilKicked) {
+            let kick = PollFd::from_borrowed_fd(borrow(&first.kick), PollFlags::IN);
+            poll(&mut [kick], None).unwrap();
+        }
         loop {
             let (stop, kick) = (borrow(&activation.stop), borrow(&first.kick));
             let mut fds = [stop, kick].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
@@ -430,6 +436,20 @@ fn a_reset_stops_the_device_and_forgets_the_driver() {
     assert_eq!((rig.status(), rig.read(reg::QUEUE_READY)), (0, 0));
     rig.go_live();
     assert!(matches!(rig.next_seen(), Seen::Started { .. }));
+}
+
+#[test]
+fn a_stop_that_came_too_early_is_seen_by_the_device_at_last() {
+    let mut rig = Rig::new(Manner::HangUntilKicked);
+    rig.go_live();
+    assert!(matches!(rig.next_seen(), Seen::Started { .. }));
+    rig.write(reg::STATUS, 0);
+    assert!(rig.seen.try_recv().is_err());
+
+    rig.write(reg::STATUS, 0);
+    rig.write(reg::QUEUE_NOTIFY, 0);
+
+    assert_eq!(rig.next_seen(), Seen::Stopped);
 }
 
 #[test]

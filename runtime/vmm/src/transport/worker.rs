@@ -234,6 +234,11 @@ impl Worker {
     /// Stops the device, if it runs, and forgets all signals. A device that does not stop in time
     /// is never started again.
     pub(super) fn stop(&mut self) {
+        if self.assignments.is_none() {
+            // The stop may still be to be seen by a device that did not stop in time.
+            self.signals.clear();
+            return;
+        }
         if self.is_running {
             // Can't fail: the counter is zero whenever the device runs.
             let _ = self.stop.write(1);
@@ -245,7 +250,6 @@ impl Worker {
                     self.assignments = None;
                     self.is_running = false;
                     self.signals.clear();
-                    // Still to be seen by the device, whenever it looks.
                     return;
                 }
             }
