@@ -22,9 +22,8 @@ mod transmit;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -72,10 +71,11 @@ const LINK_UP: u16 = 1;
 
 /// See the module.
 pub struct NetDevice {
-    tap: Option<Tap>,
     /// It was made without a tap.
     is_spare: bool,
-    plugged: Plugged,
+    slot: Arc<Slot>,
+    /// Written to when the slot has changed.
+    changed: EventFd,
     features: u64,
     config: [u8; CONFIG_BYTES],
     counters: Arc<Counters>,
@@ -170,18 +170,20 @@ impl NetDevice {
             }
         }
         config[CONFIG_BYTES - size_of::<u16>()..].copy_from_slice(&LINK_UP.to_le_bytes());
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let (plug, taps) = mpsc::channel();
+        let changed = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let counters = Arc::default();
+        let is_spare = booted.is_none();
+        let slot = Arc::new(Slot::default());
+        slot.replace(booted.map(|(_, tap)| tap));
         let socket = Socket {
-            taps: plug,
-            event: event.try_clone()?,
+            slot: Arc::clone(&slot),
+            changed: changed.try_clone()?,
             counters: Arc::clone(&counters),
         };
         let device = Self {
-            is_spare: booted.is_none(),
-            tap: booted.map(|(_, tap)| tap),
-            plugged: Plugged { taps, event },
+            is_spare,
+            slot,
+            changed,
             features,
             config,
             counters,
@@ -193,21 +195,21 @@ impl NetDevice {
 /// Where taps are plugged in, from outside of the device's thread.
 #[derive(Debug)]
 pub struct Socket {
-    taps: Sender<Option<Tap>>,
-    event: EventFd,
+    slot: Arc<Slot>,
+    changed: EventFd,
     counters: Arc<Counters>,
 }
 
 impl Socket {
-    /// Replaces the device's tap, or takes it away.
+    /// Replaces the device's tap, or takes it away. The old one is closed at once, or by the device as
+    /// soon as it sees that.
     ///
     /// # Errors
     /// The descriptor is no tap.
     pub fn plug(&self, tap: Option<OwnedFd>) -> io::Result<()> {
         let tap = tap.map(Tap::new).transpose()?;
-        // A device that is gone needs none.
-        let _ = self.taps.send(tap);
-        self.event.write(1)
+        self.slot.replace(tap);
+        self.changed.write(1)
     }
 
     /// What has passed so far.
@@ -217,17 +219,24 @@ impl Socket {
     }
 }
 
-/// The device's side of a [`Socket`].
-struct Plugged {
-    taps: Receiver<Option<Tap>>,
-    event: EventFd,
-}
+/// The tap that is plugged in. The device has a share in it only while it runs, so that one which is
+/// pulled out does not stay open for as long as the guest has no driver.
+#[derive(Debug, Default)]
+struct Slot(Mutex<Option<Arc<Tap>>>);
 
-impl Plugged {
-    /// The last that was plugged in or pulled out since the last time.
-    fn take(&self) -> Option<Option<Tap>> {
-        clear(borrow(&self.event));
-        self.taps.try_iter().last()
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Tap>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tap(&self) -> Option<Arc<Tap>> {
+        self.lock().clone()
+    }
+
+    fn replace(&self, tap: Option<Tap>) {
+        let old = std::mem::replace(&mut *self.lock(), tap.map(Arc::new));
+        // Closed without the lock.
+        drop(old);
     }
 }
 
@@ -254,10 +263,10 @@ impl Device for NetDevice {
 
     fn run(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
         let features = activation.features;
-        if let Some(tap) = self.plugged.take() {
-            self.tap = tap;
-        }
-        set_offloads(self.tap.as_ref(), features)?;
+        // Before the tap is taken: if there is another one by then, it is taken twice.
+        clear(borrow(&self.changed));
+        let mut tap = self.slot.tap();
+        set_offloads(tap.as_deref(), features)?;
         let mut take = |index| {
             let queue = activation.queues.get_mut(index);
             queue.and_then(Option::take)
@@ -275,27 +284,26 @@ impl Device for NetDevice {
         };
         loop {
             if let (Next::Turn, Some(receive)) = (to_do.receive, &mut receive) {
-                to_do.receive = receive.take_turn(self.tap.as_ref())?;
+                to_do.receive = receive.take_turn(tap.as_deref())?;
             }
             if let (Next::Turn, Some(transmit)) = (to_do.transmit, &mut transmit) {
-                to_do.transmit = transmit.take_turn(self.tap.as_ref())?;
+                to_do.transmit = transmit.take_turn(tap.as_deref())?;
             }
             let stop = &activation.stop;
             let watched = Watched {
                 stop,
-                plug: &self.plugged.event,
-                tap: self.tap.as_ref(),
+                plug: &self.changed,
+                tap: tap.as_deref(),
                 receive: receive.as_ref().map_or(stop, Receive::kick),
                 transmit: transmit.as_ref().map_or(stop, Transmit::kick),
             };
             match to_do.wait(&watched)? {
                 Woken::Stop => return Ok(()),
                 Woken::Plug => {
-                    if let Some(tap) = self.plugged.take() {
-                        self.tap = tap;
-                        set_offloads(self.tap.as_ref(), features)?;
-                        to_do.receive = Next::Turn;
-                    }
+                    clear(borrow(&self.changed));
+                    tap = self.slot.tap();
+                    set_offloads(tap.as_deref(), features)?;
+                    to_do.receive = Next::Turn;
                 }
                 Woken::Work => {}
             }

@@ -320,6 +320,18 @@ fn without_a_tap_frames_are_lost_and_none_come() {
 }
 
 #[test]
+fn tap_that_is_pulled_out_while_there_is_no_driver_is_closed() {
+    let mut bench = Bench::new();
+    bench.run();
+    assert_eq!(bench.taken(), None);
+
+    bench.socket.plug(None).unwrap();
+
+    let end_of_stream = Some(Vec::new());
+    assert_eq!(bench.taken(), end_of_stream);
+}
+
+#[test]
 fn device_without_an_address_leaves_it_to_the_driver() {
     let (device, _socket) = NetDevice::with(None).unwrap();
     assert_eq!(device.profile().features & (1 << VIRTIO_NET_F_MAC), 0);
