@@ -19,6 +19,7 @@ use crate::devices::rng::RngDevice;
 use crate::devices::vsock::{VsockDevice, VsockHandle};
 use crate::end::EndReason;
 use crate::jail::{self, JailError, Jailed};
+use crate::last_words;
 use crate::machine::{Blueprint, BuildError, Config, LaunchError, Machine};
 use crate::seccomp::{Filters, SeccompError, ThreadKind};
 use crate::threads::ThreadSetup;
@@ -208,7 +209,7 @@ impl Guest for JailedGuest {
     fn shut_down(&mut self) {
         if let Err(stuck) = self.machine.stop() {
             // The end of the process ends it too.
-            eprintln!("husk-vmm: {}", describe(&stuck));
+            last_words::print(format_args!("husk-vmm: {}", describe(&stuck)));
         }
     }
 

@@ -1,5 +1,8 @@
 //! One virtual machine: KVM, memory, vCPUs, devices, jail.
 
+// See `last_words`. Tests may say what they skip.
+#![cfg_attr(not(test), warn(clippy::print_stderr))]
+
 mod allocator;
 mod assembly;
 mod boot;
@@ -11,6 +14,7 @@ pub mod devices;
 mod end;
 pub mod jail;
 mod kvm;
+mod last_words;
 mod layout;
 pub mod machine;
 mod memory;

@@ -27,6 +27,7 @@ use crate::device::Device;
 use crate::end::End;
 use crate::end::EndReason;
 use crate::kvm;
+use crate::last_words;
 use crate::layout::DEVICES_MAX;
 use crate::layout::IDENTITY_MAP_GPA;
 use crate::layout::IRQ_FIRST;
@@ -331,7 +332,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         if let Err(stuck) = self.stop() {
-            eprintln!("{stuck}");
+            last_words::print(format_args!("{stuck}"));
         }
     }
 }

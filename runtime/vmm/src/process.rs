@@ -22,6 +22,7 @@ use crate::assembly::{self, Assembled};
 use crate::boot_request::Boot;
 use crate::control::{self, Outcome, describe};
 use crate::jail::{self, LaunchError, Launched};
+use crate::last_words;
 
 /// The exit code when the virtual machine has ended in any other way than by being stopped.
 const EXIT_FAILURE: i32 = 1;
@@ -35,7 +36,7 @@ pub fn run() -> ExitCode {
     let channel = match jail::take_control_socket() {
         Ok(socket) => Channel::from_socket(socket),
         Err(error) => {
-            eprintln!("husk-vmm: {}", describe(&error));
+            last_words::print(format_args!("husk-vmm: {}", describe(&error)));
             return ExitCode::FAILURE;
         }
     };
@@ -121,7 +122,7 @@ fn fail(channel: &Channel, id: Option<u64>, text: &str) -> ExitCode {
         control::report_exit(channel, ExitReason::Error { text })
     });
     if told.is_err() {
-        eprintln!("husk-vmm: {text}");
+        last_words::print(format_args!("husk-vmm: {text}"));
     }
     ExitCode::FAILURE
 }
@@ -132,7 +133,7 @@ fn end_at_panic() {
     panic::set_hook(Box::new(|info| {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("unnamed");
-        eprintln!("husk-vmm: thread {name}: {info}");
+        last_words::print(format_args!("husk-vmm: thread {name}: {info}"));
         std::process::exit(EXIT_PANIC);
     }));
 }

@@ -25,6 +25,7 @@ use super::worker::Seat;
 use super::worker::Worker;
 use crate::device::Device;
 use crate::device::Profile;
+use crate::last_words;
 use crate::layout::MMIO_BYTES;
 
 /// Refused writes that are logged, for each device.
@@ -288,7 +289,8 @@ impl Mmio {
                 Err(error) => {
                     if self.refusals < REFUSALS_LOGGED_MAX {
                         self.refusals += 1;
-                        eprintln!("{}: queue {index}: {error}", self.profile.name);
+                        let name = self.profile.name;
+                        last_words::print(format_args!("{name}: queue {index}: {error}"));
                     }
                     self.worker.signals().fail();
                     return;
@@ -307,12 +309,12 @@ impl Mmio {
     fn log_refusal(&mut self, offset: u64, data: &[u8]) {
         if self.refusals < REFUSALS_LOGGED_MAX {
             self.refusals += 1;
-            eprintln!(
+            last_words::print(format_args!(
                 "{}: the driver's write of {data:02x?} to register {offset:#x} is refused in status \
                  {:#x}",
                 self.profile.name,
                 self.worker.signals().status(),
-            );
+            ));
         }
     }
 }

@@ -30,6 +30,7 @@ use crate::device::Device;
 use crate::device::DeviceError;
 use crate::device::Interrupt;
 use crate::device::ReadyQueue;
+use crate::last_words;
 
 /// How long a device may take to stop. It waits for no one but the host's files.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
@@ -246,7 +247,10 @@ impl Worker {
                 Ok(true) => {}
                 Ok(false) | Err(mpsc::RecvTimeoutError::Disconnected) => self.assignments = None,
                 Err(mpsc::RecvTimeoutError::Timeout) => {
-                    eprintln!("{}: does not stop within {STOP_DEADLINE:?}", self.name);
+                    last_words::print(format_args!(
+                        "{}: does not stop within {STOP_DEADLINE:?}",
+                        self.name
+                    ));
                     self.assignments = None;
                     self.is_running = false;
                     self.signals.clear();
@@ -346,5 +350,5 @@ fn log_chain(name: &str, error: &dyn std::error::Error) {
         text = format!("{text}: {error}");
         cause = error.source();
     }
-    eprintln!("{name}: failed: {text}");
+    last_words::print(format_args!("{name}: failed: {text}"));
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
 
 use husk_vmm_control::{Answer, Call, Connect, ExitReason, MEMORY_MIB_MIN};
 use nix::sys::signal::{Signal, kill};
@@ -58,6 +59,22 @@ fn calls_before_boot_are_refused_and_change_nothing() {
     assert!(parent.ask(Call::Metrics).is_err());
 
     parent.boot();
+}
+
+#[test]
+fn standard_error_that_takes_nothing_is_no_panic() {
+    let full = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+
+    let started_by_hand = Command::new(env!("CARGO_BIN_EXE_husk-vmm"))
+        .stdin(Stdio::null())
+        .stderr(full)
+        .status()
+        .unwrap();
+
+    assert_eq!(started_by_hand.code(), Some(1));
 }
 
 #[test]

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::last_words;
+
 /// Log lines about the guest's packets. A guest can make as many mistakes as it likes, and reset
 /// the device as often, so their number is limited for as long as the device exists.
 #[derive(Debug, Default)]
@@ -21,9 +23,9 @@ impl Complaints {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, counted);
         match before {
             Ok(count) if count + 1 == Self::MAX => {
-                eprintln!("vsock: {what}; further ones are not logged");
+                last_words::print(format_args!("vsock: {what}; further ones are not logged"));
             }
-            Ok(_) => eprintln!("vsock: {what}"),
+            Ok(_) => last_words::print(format_args!("vsock: {what}")),
             Err(_) => return false,
         }
         true
