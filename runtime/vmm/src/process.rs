@@ -84,18 +84,18 @@ fn receive_boot(channel: &Channel) -> Result<Option<Received>, String> {
 
 /// The life of the process that becomes the virtual machine.
 fn run_jailed(channel: &Channel, id: u64, boot: Boot) -> ExitCode {
-    let code = match assembly::assemble(boot) {
-        Ok(mut assembled) => match reply(channel, id, Ok(Answer::Booted(assembled.times))) {
-            Ok(()) => serve(channel, &mut assembled),
-            Err(_) => EXIT_FAILURE,
-        },
-        Err(error) => {
-            fail(channel, Some(id), &describe(&error));
-            EXIT_FAILURE
+    match assembly::assemble(boot) {
+        Ok(mut assembled) => {
+            let code = match reply(channel, id, Ok(Answer::Booted(assembled.times))) {
+                Ok(()) => serve(channel, &mut assembled),
+                Err(_) => EXIT_FAILURE,
+            };
+            // While the machine is there: without it, each of its threads would be waited for. Those
+            // that still run end with the process.
+            std::process::exit(code)
         }
-    };
-    // Threads that still run, if any, end with the process: nothing waits for them.
-    std::process::exit(code)
+        Err(error) => fail(channel, Some(id), &describe(&error)),
+    }
 }
 
 /// Serves the parent. Returns the exit code.
