@@ -39,28 +39,25 @@ pub(super) const EVERY_THREAD: &[c_long] = &[
     libc::SYS_write,
 ];
 
-/// Waiting for several descriptors, and with a deadline.
+/// Waiting for one of a few descriptors.
+const WAITING: &[c_long] = &[libc::SYS_poll, libc::SYS_ppoll];
+
+/// Waiting for one of many descriptors.
 const EVENT_LOOP: &[c_long] = &[
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
     libc::SYS_epoll_wait,
-    libc::SYS_poll,
-    libc::SYS_ppoll,
-    libc::SYS_timerfd_settime,
 ];
+
+/// Setting the deadline of a stream that the guest may never accept.
+const DEADLINE: &[c_long] = &[libc::SYS_timerfd_settime];
 
 /// Control messages and streams. Only on sockets there are already.
 const MESSAGES: &[c_long] = &[libc::SYS_recvmsg, libc::SYS_sendmsg];
 
 /// Bytes between descriptors and guest memory.
-const STREAM_BYTES: &[c_long] = &[
-    libc::SYS_readv,
-    libc::SYS_recvfrom,
-    libc::SYS_sendto,
-    libc::SYS_shutdown,
-    libc::SYS_writev,
-];
+const STREAM_BYTES: &[c_long] = &[libc::SYS_readv, libc::SYS_shutdown, libc::SYS_writev];
 
 /// Frames between a tap and guest memory.
 const FRAMES: &[c_long] = &[libc::SYS_readv, libc::SYS_writev];
@@ -155,7 +152,8 @@ pub(super) fn of(kind: ThreadKind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>,
     rules.allow_descriptor_command(libc::F_GETFD)?;
     match kind {
         ThreadKind::Control => {
-            rules.allow(EVENT_LOOP);
+            rules.allow(WAITING);
+            rules.allow(DEADLINE);
             rules.allow(MESSAGES);
             // Whether a descriptor that came is a tap.
             rules.allow_requests(TAP_REQUESTS)?;
@@ -165,12 +163,13 @@ pub(super) fn of(kind: ThreadKind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>,
         }
         ThreadKind::Device => {
             rules.allow_copies()?;
-            rules.allow(EVENT_LOOP);
-            rules.allow(STREAM_BYTES);
+            rules.allow(WAITING);
         }
         ThreadKind::Vsock => {
             rules.allow_copies()?;
+            rules.allow(WAITING);
             rules.allow(EVENT_LOOP);
+            rules.allow(DEADLINE);
             rules.allow(STREAM_BYTES);
             rules.allow(STREAM_DESCRIPTORS);
             // Streams that are sockets: only there can a single call be told not to wait.
@@ -180,12 +179,12 @@ pub(super) fn of(kind: ThreadKind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>,
         }
         ThreadKind::Net => {
             rules.allow_copies()?;
-            rules.allow(EVENT_LOOP);
+            rules.allow(WAITING);
             rules.allow(FRAMES);
             rules.allow_requests(TAP_REQUESTS)?;
         }
         ThreadKind::FsWorker => {
-            rules.allow(EVENT_LOOP);
+            rules.allow(WAITING);
             rules.allow(FILE_NAMES);
             rules.allow(FILE_CONTENTS);
             rules.allow(FILE_ATTRIBUTES);
