@@ -229,25 +229,6 @@ impl Inodes {
         Some(Arc::clone(known))
     }
 
-    /// One file of each device that files known to the guest are on, which can be opened.
-    pub(crate) fn one_of_each_device(&self) -> Vec<Arc<Inode>> {
-        let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
-        let mut found = HashMap::new();
-        for inode in tables.by_id.values() {
-            match inode.kind {
-                FileType::Directory => {
-                    found.insert(inode.key.device, inode);
-                }
-                // Only where a file is all there is: to open one of a kernel's may mean something.
-                FileType::RegularFile => {
-                    found.entry(inode.key.device).or_insert(inode);
-                }
-                _ => {}
-            }
-        }
-        found.into_values().cloned().collect()
-    }
-
     /// Takes `count` mentions of `id` back. More than there were are taken as all of them.
     pub(crate) fn forget(&self, id: u64, count: u64) {
         let Ok(inode) = self.find(id) else { return };
@@ -421,31 +402,5 @@ mod tests {
         assert!(!numbers.contains(&256));
         numbers.sort_unstable();
         assert!(numbers.windows(2).all(|pair| pair[0] != pair[1]));
-    }
-
-    #[test]
-    fn each_device_that_the_guest_knows_of_is_found_once() {
-        let options = Options::single(open(c"/proc/self/fd"), CachePolicy::SHARED);
-        let inodes = Inodes::new(open(c"/"), &options).unwrap();
-        let root = inodes.find(ROOT_ID).unwrap();
-        for (name, path) in [
-            (c"proc", c"/proc"),
-            (c"version", c"/proc/version"),
-            (c"null", c"/dev/null"),
-        ] {
-            let file = open(path);
-            let stat = stat(file.as_fd()).unwrap();
-            inodes.mention(&options, &root, name, file, &stat).unwrap();
-        }
-
-        let found = inodes.one_of_each_device();
-
-        // A device can't be opened: it stands for none.
-        let mut devices: Vec<_> = found.iter().map(|inode| inode.key.device).collect();
-        let known = [c"/", c"/proc"].map(|path| Key::of(&stat(open(path).as_fd()).unwrap()).device);
-        devices.sort_unstable();
-        assert!(known.iter().all(|device| devices.contains(device)));
-        assert_eq!(devices.len(), known.len());
-        assert!(found.iter().all(|inode| inode.kind == FileType::Directory));
     }
 }

@@ -131,24 +131,13 @@ impl Server {
         }
     }
 
-    /// The share is one file system to the guest, so that Linux names its root whatever is to be
-    /// written: all that the guest knows files of.
+    /// Linux names the root of the share, whatever file system is to be written. All of them are not:
+    /// the agent syncs at the end of each pod, which would write the host's disks to the last block.
     pub(crate) fn syncfs(&self, call: &mut Call<'_, '_>) -> Result<(), Errno> {
         let inode = self.inodes.find(call.header.nodeid)?;
-        if inode.id != abi::ROOT_ID {
-            return self.sync_file_system_of(&inode);
-        }
-        let file_systems = self.inodes.one_of_each_device();
-        let results = file_systems
-            .iter()
-            .map(|inode| self.sync_file_system_of(inode));
-        // Each is written, whatever became of those before it.
-        results.fold(Ok(()), Result::and)
-    }
-
-    fn sync_file_system_of(&self, inode: &Inode) -> Result<(), Errno> {
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-        fs::syncfs(inodes::reopen(&self.options, inode.path(), flags)?)
+        let path = inode.directory()?;
+        let directory = inodes::reopen(&self.options, path, OFlags::RDONLY)?;
+        fs::syncfs(directory)
     }
 
     pub(crate) fn fallocate(&self, call: &mut Call<'_, '_>) -> Result<(), Errno> {
