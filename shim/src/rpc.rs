@@ -145,15 +145,14 @@ impl<M: PodMaker + 'static> Task for Rpc<M> {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        self.service
-            .kill(
-                request.id(),
-                request.exec_id(),
-                request.signal(),
-                request.all(),
-            )
-            .await
-            .map_err(status)?;
+        let service = self.service.clone();
+        let kill = async move {
+            let (id, exec) = (request.id(), request.exec_id());
+            service
+                .kill(id, exec, request.signal(), request.all())
+                .await
+        };
+        to_its_end(kill).await?;
         Ok(Empty::new())
     }
 

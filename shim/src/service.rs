@@ -386,17 +386,20 @@ impl<M: PodMaker + 'static> Service<M> {
                 format!("process {exec:?} of task {id:?} was deleted by another call"),
             ));
         }
-        let was_created = state == State::Created;
+        let has_ended = process.exit().is_some();
         process.step(Step::Delete)?;
-        if !was_created {
-            pod.output_drained(id, exec).await;
-        } else if exec.is_empty() {
-            // It waits for a start that will not come.
-            let killed = pod.signal_process(id, exec, SIGKILL, true).await;
-            let ended = tokio::time::timeout(INIT_END_DEADLINE, process.exited());
-            if killed.is_ok() && ended.await.is_err() {
-                tracing::warn!(id, "a container that was never started outlives SIGKILL");
+        if exec.is_empty() && !has_ended {
+            // It waits for a start that will not come, or did not start as it should.
+            if let Err(error) = pod.signal_process(id, exec, SIGKILL, true).await {
+                tracing::debug!(%error, id, "it has ended by itself, or is about to");
             }
+            let ended = tokio::time::timeout(INIT_END_DEADLINE, process.exited());
+            if ended.await.is_err() {
+                tracing::warn!(id, "a container that did not start outlives SIGKILL");
+            }
+        }
+        if state != State::Created {
+            pod.output_drained(id, exec).await;
         }
         process.release_stdio().finish().await;
         let pid = pod.host_pid();

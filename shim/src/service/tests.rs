@@ -55,7 +55,7 @@ impl Pod for FakePod {
 
     async fn start_process(&self, container: &str, exec: &str) -> Result<(), PodError> {
         self.process(container, exec);
-        if exec == "missing" {
+        if exec == "missing" || container == "broken" {
             return Err(PodError::new(Code::NOT_FOUND, "no such file"));
         }
         Ok(())
@@ -318,6 +318,20 @@ async fn exec_that_cannot_start_can_be_deleted() {
     assert_eq!(code(service.start("t1", "missing").await), Code::NOT_FOUND);
     service.delete("t1", "missing").await.unwrap();
     assert_eq!(code(service.state("t1", "missing")), Code::NOT_FOUND);
+}
+
+/// What the guest makes of a start that failed, nobody knows.
+#[tokio::test]
+async fn task_that_could_not_start_is_killed_and_ends_before_it_is_deleted() {
+    let mut fixture = Fixture::new();
+    fixture.create("broken").await.unwrap();
+    let service = fixture.service.clone();
+    assert!(service.start("broken", "").await.is_err());
+
+    let deleted = service.delete("broken", "").await.unwrap();
+
+    assert_eq!(deleted.exit_status(), 9);
+    assert_eq!(fixture.published(), ["create", "exit broken 9", "delete"]);
 }
 
 #[tokio::test]
