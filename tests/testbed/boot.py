@@ -82,7 +82,7 @@ class Machine:
         inherited = (console_end.fileno(), port_end.fileno())
         # Without this process nobody would end QEMU: let the kernel do it.
         command = ["setpriv", "--pdeathsig", "KILL"]
-        if options.preload and options.deterministic:
+        if options.preload:
             command += ["env", "LD_PRELOAD=" + os.path.realpath(options.preload)]
         command += qemu_command(options, *inherited)
         self.began = time.monotonic()
