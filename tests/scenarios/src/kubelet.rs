@@ -1,6 +1,7 @@
 //! What the kubelet does: pods and their containers, through a containerd that serves CRI.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -49,11 +50,35 @@ impl Kubelet {
         config: PodSandboxConfig,
         what: impl FnOnce(&mut Self, &Pod) -> Result<()>,
     ) -> Result<()> {
-        let pod = self.cri.run_pod(self.handler, config)?;
+        self.with_pod_of(self.handler, config, what)
+    }
+
+    /// The same, with a runtime handler of containerd's configuration.
+    pub(crate) fn with_pod_of(
+        &mut self,
+        handler: &str,
+        config: PodSandboxConfig,
+        what: impl FnOnce(&mut Self, &Pod) -> Result<()>,
+    ) -> Result<()> {
+        let pod = self.cri.run_pod(handler, config)?;
         let done = what(self, &pod);
         let stopped = self.cri.stop_pod(&pod.id);
         let removed = self.cri.remove_pod(&pod.id);
         done.and(stopped).and(removed)
+    }
+
+    /// Runs a pod that the caller removes.
+    pub(crate) fn run(&self, config: PodSandboxConfig) -> Result<Pod> {
+        self.cri.run_pod(self.handler, config)
+    }
+
+    /// The addresses that a pod is known by.
+    pub(crate) fn addresses(&self, pod: &Pod) -> Result<Vec<IpAddr>> {
+        let network = self.cri.pod_status(&pod.id)?.network;
+        let more = network.additional_ips.iter().map(|more| &more.ip);
+        let all = std::iter::once(&network.ip).chain(more);
+        let parsed = all.map(|ip| ip.parse().with_context(|| format!("{ip:?} is no address")));
+        parsed.collect()
     }
 
     /// How a pod is refused that must not run.

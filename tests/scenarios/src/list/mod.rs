@@ -13,7 +13,9 @@ mod network;
 mod network_later;
 mod orphans;
 mod pods;
+mod pods_many;
 mod pods_network;
+mod pods_whole;
 mod spec_limits;
 mod spec_mounts;
 mod spec_process;
@@ -216,6 +218,15 @@ pub(crate) const ALL: &[Scenario] = &[
     both("pods_ports_forwarded", |ctr| {
         pods_network::ports_forwarded(ctr)
     }),
+    both("pods_whole_life", |ctr| pods_whole::whole_life(ctr)),
+    both("pods_unprivileged_ping", |ctr| {
+        pods_whole::unprivileged_ping(ctr)
+    }),
+    both("pods_at_once", |ctr| pods_many::at_once(ctr)).full(),
+    husk("pods_killed_at_each_step", |ctr| {
+        pods_many::killed_at_each_step(ctr)
+    })
+    .full(),
     husk("pods_machine_size", |ctr| pods::machine_size(ctr)),
     husk("pods_of_the_host", |ctr| pods::of_the_host(ctr)),
     husk("pods_killed", |ctr| pods::killed(ctr)),

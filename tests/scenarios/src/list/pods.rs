@@ -15,13 +15,13 @@ use crate::ctr::Ctr;
 use crate::host;
 use crate::kubelet::Kubelet;
 
-const MIB: i64 = 1024 * 1024;
+pub(super) const MIB: i64 = 1024 * 1024;
 
 /// A cgroup as the kubelet makes one for each pod; removed with this.
-struct PodCgroup(&'static str);
+pub(super) struct PodCgroup(pub(super) &'static str);
 
 impl PodCgroup {
-    fn make(path: &'static str) -> Result<Self> {
+    pub(super) fn make(path: &'static str) -> Result<Self> {
         let directory = Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/'));
         fs::create_dir_all(&directory)?;
         let parents: Vec<&Path> = directory.ancestors().collect();
@@ -300,7 +300,7 @@ pub(super) fn streams(ctr: &Ctr) -> Result<()> {
     })
 }
 
-const PROTOCOL: &str = "v4.channel.k8s.io";
+pub(super) const PROTOCOL: &str = "v4.channel.k8s.io";
 
 /// Volumes as the kubelet makes them: a ConfigMap that changes, and memory that containers share.
 pub(super) fn volumes(ctr: &Ctr) -> Result<()> {
@@ -353,7 +353,7 @@ pub(super) fn volumes(ctr: &Ctr) -> Result<()> {
 }
 
 /// Sets a ConfigMap's one key as the kubelet does: a new directory, and a link that is replaced.
-fn set_map(map: &Path, value: &str) -> Result<()> {
+pub(super) fn set_map(map: &Path, value: &str) -> Result<()> {
     fs::create_dir(map.join(value))?;
     fs::write(map.join(value).join("key"), format!("{value}\n"))?;
     std::os::unix::fs::symlink(value, map.join("..data_tmp"))?;
@@ -364,7 +364,7 @@ fn set_map(map: &Path, value: &str) -> Result<()> {
     Ok(())
 }
 
-fn mount(inside: &str, host: &Path, readonly: bool) -> Mount {
+pub(super) fn mount(inside: &str, host: &Path, readonly: bool) -> Mount {
     let mut mount = Mount::new();
     inside.clone_into(&mut mount.container_path);
     mount.host_path = host.display().to_string();

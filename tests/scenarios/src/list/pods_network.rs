@@ -7,7 +7,7 @@ use crate::ctr::Ctr;
 use crate::kubelet::Kubelet;
 
 /// The stream protocol with which ports are forwarded.
-const PORT_PROTOCOL: &str = "v4.channel.k8s.io";
+pub(super) const PORT_PROTOCOL: &str = "v4.channel.k8s.io";
 
 /// More than any buffer on the way.
 const BLOB_BYTES: usize = 3 * 1024 * 1024;
@@ -68,12 +68,12 @@ fn open(kubelet: &Kubelet, pod: &Pod, port: u16) -> Result<WebSocket> {
 }
 
 /// Asks for a page, and for the end of the connection after it.
-fn ask(stream: &mut WebSocket, path: &str) -> Result<()> {
+pub(super) fn ask(stream: &mut WebSocket, path: &str) -> Result<()> {
     stream.write(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())
 }
 
 /// What follows the head of an answer.
-fn body(answer: Vec<u8>) -> Result<Vec<u8>> {
+pub(super) fn body(answer: Vec<u8>) -> Result<Vec<u8>> {
     let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
     let end = end.with_context(|| {
         let text = String::from_utf8_lossy(&answer).into_owned();
