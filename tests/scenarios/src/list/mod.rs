@@ -220,7 +220,7 @@ pub(crate) const ALL: &[Scenario] = &[
     both("pods_unprivileged_ping", |ctr| {
         pods_whole::unprivileged_ping(ctr)
     }),
-    both("pods_at_once", |ctr| pods_many::at_once(ctr)).full(),
+    husk("pods_at_once", |ctr| pods_many::at_once(ctr)).full(),
     husk("pods_killed_at_each_step", |ctr| {
         pods_many::killed_at_each_step(ctr)
     })
