@@ -191,7 +191,8 @@ pub(crate) const ALL: &[Scenario] = &[
     .core(),
     both("ends_while_containerd_is_away", |ctr| {
         faults::ends_while_containerd_is_away(ctr)
-    }),
+    })
+    .core(),
     husk("vmm_killed_while_running", |ctr| {
         faults::vmm_killed_while_running(ctr)
     })
@@ -207,7 +208,8 @@ pub(crate) const ALL: &[Scenario] = &[
     }),
     husk("containerd_killed_while_starting", |ctr| {
         faults::containerd_killed_while_starting(ctr)
-    }),
+    })
+    .core(),
     both("pods_two_containers", |ctr| pods::two_containers(ctr)),
     both("pods_shared_processes", |ctr| pods::shared_processes(ctr)),
     husk("pods_orphans", |ctr| orphans::pods_orphans(ctr)),
