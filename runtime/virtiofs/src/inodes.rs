@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use crate::abi::ROOT_ID;
+use crate::contents::Contents;
 use crate::options::{CachePolicy, Options};
 
 /// What every `statx` here asks for.
@@ -40,6 +41,7 @@ pub(crate) struct Inode {
     file: OwnedFd,
     /// How often replies named it, less what was forgotten.
     lookups: AtomicU64,
+    pub(crate) contents: Contents,
 }
 
 /// A mount that files known to the guest are on. It goes with the last of them, so that the host
@@ -153,6 +155,7 @@ impl Inodes {
             key: Key::of(&stat),
             file: root,
             lookups: AtomicU64::new(1),
+            contents: Contents::default(),
             mount: Arc::clone(&mount),
         });
         let inodes = Self {
@@ -206,6 +209,7 @@ impl Inodes {
             key,
             file,
             lookups: AtomicU64::new(1),
+            contents: Contents::default(),
         });
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = tables.by_key.get(&key) {

@@ -59,6 +59,7 @@
 //! `ioctl(FS_IOC_GETFLAGS)`.
 
 mod abi;
+mod contents;
 mod counters;
 #[cfg(feature = "fuser")]
 pub mod front;

@@ -96,6 +96,11 @@ impl Server {
             (FileType::RegularFile, _) if inode.mount.is_generated => fopen::DIRECT_IO,
             (FileType::Directory, true) => fopen::KEEP_CACHE | fopen::CACHE_DIR,
             (_, true) => fopen::KEEP_CACHE | fopen::NOFLUSH,
+            (FileType::RegularFile, false) => {
+                let are_as_before = inodes::stat(handle.as_fd())
+                    .is_ok_and(|stat| inode.contents.are_as_before(&stat));
+                if are_as_before { fopen::KEEP_CACHE } else { 0 }
+            }
             (_, false) => 0,
         };
         let fh = self.handles.add(handle, self.options.handles_max)?;
