@@ -57,11 +57,25 @@ impl Daemon {
         let network = serde_json::to_vec(&places.network())?;
         fs::write(places.run.join("net.d/10-husk.conflist"), network)?;
         let images = places.make_images().context("cannot make the images")?;
-        let daemon = places.spawn()?;
+        let daemon = Self {
+            child: spawn(&places.run)?,
+            run: places.run,
+        };
         for image in images {
             daemon.import(&image)?;
         }
         Ok(daemon)
+    }
+
+    /// Kills it and starts it again on what it has left.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn restart(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.child = spawn(&self.run)?;
+        Ok(())
     }
 
     /// Its gRPC socket.
@@ -98,6 +112,38 @@ impl Drop for Daemon {
         // It may be gone already, which is what is wanted.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Runs containerd until it says, as systemd would hear it, that it is ready.
+fn spawn(directory: &Path) -> Result<Child> {
+    let notify = directory.join("ready");
+    let _ = fs::remove_file(&notify);
+    let ready = UnixDatagram::bind(&notify)?;
+    ready.set_read_timeout(Some(READY_DEADLINE))?;
+    let log = directory.join("containerd.log");
+    let output = File::options().create(true).append(true).open(&log)?;
+    let mut child = Command::new("containerd")
+        .arg("--config")
+        .arg(directory.join("config.toml"))
+        .env("NOTIFY_SOCKET", &notify)
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .spawn()
+        .context("cannot run containerd")?;
+    let mut message = [0; 4096];
+    loop {
+        let Ok(length) = ready.recv(&mut message) else {
+            child.kill()?;
+            child.wait()?;
+            let log = fs::read_to_string(log).unwrap_or_default();
+            bail!("containerd is not ready within {READY_DEADLINE:?}:\n{log}");
+        };
+        let message = String::from_utf8_lossy(message.get(..length).unwrap_or_default());
+        if message.contains("READY=1") {
+            return Ok(child);
+        }
     }
 }
 
@@ -154,39 +200,6 @@ runtime_type = "io.containerd.husk.v2"
                 { "type": "portmap", "capabilities": { "portMappings": true } },
             ],
         })
-    }
-
-    /// Runs containerd until it says, as systemd would hear it, that it is ready.
-    fn spawn(self) -> Result<Daemon> {
-        let notify = self.run.join("ready");
-        let _ = fs::remove_file(&notify);
-        let ready = UnixDatagram::bind(&notify)?;
-        ready.set_read_timeout(Some(READY_DEADLINE))?;
-        let log = File::create(self.run.join("containerd.log"))?;
-        let child = Command::new("containerd")
-            .arg("--config")
-            .arg(self.run.join("config.toml"))
-            .env("NOTIFY_SOCKET", &notify)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("cannot run containerd")?;
-        let daemon = Daemon {
-            child,
-            run: self.run,
-        };
-        let mut message = [0; 4096];
-        loop {
-            let Ok(length) = ready.recv(&mut message) else {
-                let log = fs::read_to_string(daemon.log()).unwrap_or_default();
-                bail!("containerd is not ready within {READY_DEADLINE:?}:\n{log}");
-            };
-            let message = String::from_utf8_lossy(message.get(..length).unwrap_or_default());
-            if message.contains("READY=1") {
-                return Ok(daemon);
-            }
-        }
     }
 
     /// Archives of the images.

@@ -44,6 +44,16 @@ impl Kubelet {
         })
     }
 
+    /// Kills containerd and starts it again.
+    pub(crate) fn restart_containerd(&mut self) -> Result<()> {
+        let mut daemon = DAEMON.lock().unwrap_or_else(PoisonError::into_inner);
+        let daemon = daemon.as_mut().context("containerd does not run")?;
+        daemon.restart()?;
+        self.cri = Cri::connect(&daemon.socket())?;
+        self.events = Events::listen(&daemon.socket())?;
+        Ok(())
+    }
+
     /// Runs a pod, does something with it, and removes it whatever came of that.
     pub(crate) fn with_pod(
         &mut self,

@@ -181,8 +181,8 @@ impl Sandbox {
         container: &str,
     ) -> Result<Vec<ListedProcess>, ContainerError> {
         self.containers().check(container, INIT)?;
-        if self.pod_pause(container).is_some() {
-            return Ok(Vec::new());
+        if let Some(pause) = self.pod_pause(container) {
+            return Ok(pause.processes());
         }
         let mut request = messages::ListProcessesRequest::new();
         container.clone_into(&mut request.container_id);

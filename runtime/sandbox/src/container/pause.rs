@@ -7,7 +7,8 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use crate::{ContainerError, Exit, VmEnd};
+use super::INIT;
+use crate::{ContainerError, Exit, ListedProcess, VmEnd};
 
 /// Its life.
 #[derive(Debug)]
@@ -87,6 +88,19 @@ impl Pause {
         }
     }
 
+    /// The process that it seems to have, as long as it lives: containerd takes a task without one for
+    /// the remains of a failed start, and removes its shim when it restarts.
+    pub(super) fn processes(&self) -> Vec<ListedProcess> {
+        let init = ListedProcess {
+            pid: NO_PID,
+            exec_id: Some(INIT.to_owned()),
+        };
+        match *self.state.borrow() {
+            State::Created | State::Running => vec![init],
+            State::Ended(_) => Vec::new(),
+        }
+    }
+
     /// What can't be done to it.
     pub(super) fn refuse<T>(&self, what: &str) -> Result<T, ContainerError> {
         Err(ContainerError::Invalid {
@@ -97,6 +111,9 @@ impl Pause {
         })
     }
 }
+
+/// There is no process in the guest.
+const NO_PID: u32 = 0;
 
 const SIGINT: u32 = 2;
 const SIGKILL: u32 = 9;
@@ -116,6 +133,15 @@ mod tests {
             reason: "test".to_owned(),
             is_clean: false,
         }
+    }
+
+    #[test]
+    fn it_has_a_process_until_it_ends() {
+        let pause = Pause::new("p");
+        pause.start().unwrap();
+        assert_eq!(pause.processes().len(), 1);
+        pause.signal(SIGKILL);
+        assert!(pause.processes().is_empty());
     }
 
     #[test]

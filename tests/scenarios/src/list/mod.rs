@@ -229,6 +229,9 @@ pub(crate) const ALL: &[Scenario] = &[
     .full(),
     husk("pods_machine_size", |ctr| pods::machine_size(ctr)),
     husk("pods_of_the_host", |ctr| pods::of_the_host(ctr)),
+    both("pods_without_containerd", |ctr| {
+        pods::without_containerd(ctr)
+    }),
     husk("pods_killed", |ctr| pods::killed(ctr)),
     both("bridge_of_two_pods", |ctr| network::bridge_of_two_pods(ctr)),
     both("ipv6_only", |ctr| network::ipv6_only(ctr)),

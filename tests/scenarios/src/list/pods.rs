@@ -395,6 +395,31 @@ pub(super) fn of_the_host(ctr: &Ctr) -> Result<()> {
     })
 }
 
+/// A pod lives on while containerd is away, whether it has a container or not, and is the same one
+/// afterwards.
+pub(super) fn without_containerd(ctr: &Ctr) -> Result<()> {
+    let mut kubelet = Kubelet::new(ctr)?;
+    let empty = kubelet.run(pod(&format!("{}-empty", kubelet.name)))?;
+    let config = pod(&kubelet.name);
+    kubelet.with_pod(config, |kubelet, pod| {
+        let script = "echo still here > /here; exec sleep 10000";
+        let id = kubelet.start(pod, container("a", &["sh", "-c", script]))?;
+        kubelet.restart_containerd()?;
+        for id in [&pod.id, &empty.id] {
+            let state = kubelet.cri.pod_status(id)?.state;
+            ensure!(state == PodSandboxState::SANDBOX_READY.into(), "{state:?}");
+        }
+        let said = kubelet.shell(&id, "cat /here")?;
+        ensure!(said == "still here", "it says {said:?}");
+        let late = kubelet.start(&empty, container("b", &["sh", "-c", "exit 7"]))?;
+        let status = kubelet.stopped(&late)?;
+        ensure!(status == 7, "a container of later ended with {status}");
+        Ok(())
+    })?;
+    kubelet.cri.stop_pod(&empty.id)?;
+    kubelet.cri.remove_pod(&empty.id)
+}
+
 /// A pod whose machine or shim is killed can be stopped and removed, and leaves nothing.
 pub(super) fn killed(ctr: &Ctr) -> Result<()> {
     let mut kubelet = Kubelet::new(ctr)?;
