@@ -14,7 +14,7 @@ const PROGRAM: &str = r#"b=$1/busybox
     $b ls /proc/1/fd | $b wc -l
     $b ls /proc/1/task | $b wc -l
     $b grep -l ') Z ' /proc/[0-9]*/stat 2>/dev/null | $b wc -l
-    $b ls -d /proc/[0-9]* | $b wc -l
+    $b grep -l ^VmSize: /proc/[0-9]*/status 2>/dev/null | $b wc -l
 } > $1/figures
 "#;
 
@@ -34,6 +34,7 @@ pub(crate) struct Guest {
     pub(crate) threads: usize,
     /// Of all containers, and of none.
     pub(crate) zombies: usize,
+    /// Those with memory: threads of the kernel come and go.
     pub(crate) processes: usize,
 }
 
