@@ -13,12 +13,14 @@ pub struct CachePolicy {
     pub negative: Duration,
     /// For attributes.
     pub attributes: Duration,
-    /// Keep file contents, directory contents and link targets over a new open.
+    /// Keep file contents, directory contents and link targets over a new open. Otherwise only the
+    /// contents of files that look as they did at the open before.
     pub contents: bool,
 }
 
 impl CachePolicy {
-    /// Others change the files too: nothing is kept, an open sees what a close before it wrote.
+    /// Others change the files too: nothing is kept that may have changed, and an open sees what a
+    /// close before it wrote.
     pub const SHARED: Self = Self {
         entry: Duration::ZERO,
         negative: Duration::ZERO,
