@@ -6,9 +6,9 @@
 //! changed just now. Who writes to a mapping of the host's changes the times only now and then.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Statx, StatxTimestamp};
-use rustix::time::{ClockId, clock_gettime};
 
 /// No file system dates its files in coarser steps (FAT, modification).
 const TICK_SECONDS: i64 = 2;
@@ -30,7 +30,9 @@ struct Version {
 impl Contents {
     /// Whether a file that is being opened, and looks so now, is what it was at the open before.
     pub(crate) fn are_as_before(&self, stat: &Statx) -> bool {
-        self.are_as_before_at(stat, clock_gettime(ClockId::Realtime).tv_sec)
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.map_or(0, |since| since.as_secs().cast_signed());
+        self.are_as_before_at(stat, now)
     }
 
     fn are_as_before_at(&self, stat: &Statx, now: i64) -> bool {

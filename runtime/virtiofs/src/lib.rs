@@ -55,7 +55,7 @@
 //! `preadv`, `pwritev2`, `getdents64`, `lseek`, `readlinkat`, `mkdirat`, `mknodat`, `symlinkat`,
 //! `linkat`, `unlinkat`, `renameat2`, `ftruncate`, `fallocate`, `copy_file_range`, `fsync`,
 //! `fdatasync`, `syncfs`, `utimensat`, `fchmodat`, `fchownat`, `getxattr`, `setxattr`, `listxattr`,
-//! `removexattr`, `umask`, `setfsuid`, `setfsgid`, `capget`, `capset`, and
+//! `removexattr`, `umask`, `setfsuid`, `setfsgid`, `capget`, `capset`, `clock_gettime`, and
 //! `ioctl(FS_IOC_GETFLAGS)`.
 
 mod abi;
