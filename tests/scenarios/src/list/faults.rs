@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::Child;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::api::Status;
 
 use crate::ctr::{Ctr, Ended, finish};
@@ -183,9 +183,13 @@ pub(super) fn containerd_killed_while_starting(ctr: &Ctr) -> Result<()> {
 
 fn kill_at_each_moment(ctr: &Ctr, victim: Victim) -> Result<()> {
     let before = crate::leftovers::Machine::look()?;
-    for moment in MOMENTS.into_iter().filter(|moment| victim.lives_at(moment)) {
+    let moments = MOMENTS.into_iter().filter(|moment| victim.lives_at(moment));
+    for (number, moment) in moments.enumerate() {
+        // What containerd has not forgotten of one container yet is nothing to the next.
+        let name = format!("{victim:?}-killed-{number}").to_lowercase();
+        let ctr = Ctr::new(ctr.runtime(), &name);
         let moment = moment.replace("{id}", &ctr.id);
-        kill_at(ctr, victim, &moment)
+        kill_at(&ctr, victim, &moment)
             .and_then(|()| {
                 ctr.bury();
                 before.unchanged()
@@ -199,7 +203,11 @@ fn kill_at(ctr: &Ctr, victim: Victim, moment: &str) -> Result<()> {
     let pod = PathBuf::from("/run/husk/default").join(&ctr.id);
     let child = ctr.spawn(&ctr.id, &[], &["sleep", "1000"], false)?;
     let reached = host::path_becomes(&pod.join(moment), true, Instant::now() + DEADLINE)?;
-    ensure!(reached, "the moment did not come");
+    if !reached {
+        // It ends by itself, by the deadline of all commands at the latest.
+        let Ended { status, stderr, .. } = finish(child, None)?;
+        bail!("the moment did not come: ctr ended with {status}: {stderr}");
+    }
     victim.kill(&ctr.id)?;
     if let Victim::Containerd = victim {
         host::start_containerd()?;
