@@ -51,22 +51,26 @@ fn remove_at(parent: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<()> {
 mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
+    use std::path::PathBuf;
 
     use nix::mount::{MsFlags, mount, umount};
 
     use super::*;
 
+    /// One with directories to be removed, and one with a file that must stay.
+    fn make_trees(directory: &Path) -> (PathBuf, PathBuf) {
+        let (tree, other) = (directory.join("tree"), directory.join("other"));
+        fs::create_dir_all(tree.join("a/b")).unwrap();
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("file"), "").unwrap();
+        (tree, other)
+    }
+
     #[test]
     fn tree_is_removed_and_what_its_links_lead_to_is_not() {
         let directory = tempfile::tempdir().unwrap();
-        let (tree, other) = (
-            directory.path().join("tree"),
-            directory.path().join("other"),
-        );
-        fs::create_dir_all(tree.join("a/b")).unwrap();
-        fs::create_dir(&other).unwrap();
+        let (tree, other) = make_trees(directory.path());
         fs::write(tree.join("a/file"), "").unwrap();
-        fs::write(other.join("file"), "").unwrap();
         symlink(&other, tree.join("link")).unwrap();
 
         remove_tree(&tree).unwrap();
@@ -79,13 +83,7 @@ mod tests {
     #[test]
     fn mount_below_it_stops_it_and_stays_whole() {
         let directory = tempfile::tempdir().unwrap();
-        let (tree, other) = (
-            directory.path().join("tree"),
-            directory.path().join("other"),
-        );
-        fs::create_dir_all(tree.join("a")).unwrap();
-        fs::create_dir(&other).unwrap();
-        fs::write(other.join("file"), "").unwrap();
+        let (tree, other) = make_trees(directory.path());
         let none = None::<&str>;
         mount(Some(&other), &tree.join("a"), none, MsFlags::MS_BIND, none).unwrap();
 
