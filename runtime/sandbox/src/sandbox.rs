@@ -406,6 +406,7 @@ fn boot_config(
         shared_dir: text(&state.shared())?,
         cgroup_dir: cgroup.map(text).transpose()?.unwrap_or_default(),
         net,
+        disks: 0,
         share_cache_ms: SHARE_CACHE_MS,
     })
 }

@@ -59,6 +59,7 @@ fn main() -> Result<ExitCode> {
         shared_dir: arguments.share.to_string_lossy().into_owned(),
         cgroup_dir: String::new(),
         net: Vec::new(),
+        disks: 0,
         share_cache_ms: 1000,
     });
     channel.send(

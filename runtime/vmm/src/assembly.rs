@@ -7,11 +7,12 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use husk_virtiofs::{CachePolicy, Options, Server, ServerError};
-use husk_vmm_control::{BootTimes, ExitReason, Metrics, monotonic_us};
+use husk_vmm_control::{BootTimes, DiskConfig, ExitReason, Metrics, monotonic_us};
 
 use crate::boot_request::Boot;
 use crate::control::{Guest, describe};
-use crate::device::Device;
+use crate::device::{Device, StillDriven};
+use crate::devices::blk::{self, BlkDevice, DiskError, Geometry};
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, FsError, REQUEST_QUEUES_MAX};
 use crate::devices::net::{NetDevice, Socket, Traffic};
@@ -81,6 +82,12 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
         net.push((devices.len(), socket));
         devices.push(Box::new(device));
     }
+    let mut disks = Vec::new();
+    for _ in 0..boot.disks {
+        let (device, socket) = BlkDevice::new();
+        disks.push((devices.len(), socket));
+        devices.push(Box::new(device));
+    }
     let threads = devices.len() + usize::from(boot.vcpus);
     let blueprint = Blueprint::build(Config {
         vcpus: boot.vcpus,
@@ -99,6 +106,7 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
             machine,
             server,
             net,
+            disks,
         },
         vsock: handle,
         times: BootTimes {
@@ -165,6 +173,8 @@ pub(crate) struct JailedGuest {
     server: Arc<Server>,
     /// With the index of their device.
     net: Vec<(usize, Socket)>,
+    /// As well.
+    disks: Vec<(usize, blk::Socket)>,
 }
 
 /// Why the machine did not do as it was told.
@@ -176,6 +186,12 @@ pub(crate) enum GuestError {
     NoNetDevice { device: usize },
     #[error("cannot plug a tap into network device {device}")]
     PlugNet { device: usize, source: io::Error },
+    #[error("the machine has no slot {slot} for disks")]
+    NoDiskSlot { slot: usize },
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error("cannot plug a disk into slot {slot}")]
+    PlugDisk { slot: usize, source: StillDriven },
 }
 
 impl Guest for JailedGuest {
@@ -204,6 +220,44 @@ impl Guest for JailedGuest {
             .map_err(|source| GuestError::PlugNet { device, source })?;
         self.machine.show_device(*index, is_there);
         Ok(())
+    }
+
+    fn plug_disk(
+        &mut self,
+        slot: usize,
+        disk: Option<(DiskConfig, OwnedFd)>,
+    ) -> Result<(), GuestError> {
+        let place = self.disks.get(slot);
+        let (index, socket) = place.ok_or(GuestError::NoDiskSlot { slot })?;
+        let Some((config, file)) = disk else {
+            self.machine.show_device(*index, false);
+            socket.pull();
+            return Ok(());
+        };
+        let DiskConfig {
+            bytes,
+            block_bytes,
+            is_read_only,
+            can_zero,
+            serial,
+        } = config;
+        let looks = socket.plug(
+            file,
+            Geometry {
+                bytes,
+                block_bytes,
+                is_read_only,
+                can_zero,
+                serial,
+            },
+        )?;
+        // The disk is there before the guest can see it.
+        self.machine
+            .show_device_as(*index, &looks)
+            .map_err(|source| {
+                socket.pull();
+                GuestError::PlugDisk { slot, source }
+            })
     }
 
     fn shut_down(&mut self) {

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use husk_vmm_control::{
-    BootConfig, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NET_DEVICES_MAX, NetConfig, VCPUS_MAX,
+    BootConfig, DISKS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NET_DEVICES_MAX, NetConfig, VCPUS_MAX,
 };
 use rustix::fs::{FileType, OFlags};
 use rustix::net::SocketType;
@@ -34,6 +34,8 @@ pub struct Boot {
     pub share_cache_ms: u64,
     /// The network devices.
     pub net: Vec<NetBoot>,
+    /// Slots for disks.
+    pub disks: usize,
     /// What else came with the request.
     pub files: BootFiles,
 }
@@ -80,6 +82,12 @@ pub enum BootError {
     /// More network devices than a machine has.
     #[error("{count} network devices: a machine has at most {NET_DEVICES_MAX}")]
     NetDevices {
+        /// What was asked for.
+        count: usize,
+    },
+    /// More slots for disks than a machine has.
+    #[error("{count} slots for disks: a machine has at most {DISKS_MAX}")]
+    Disks {
         /// What was asked for.
         count: usize,
     },
@@ -133,6 +141,7 @@ impl Boot {
             shared_dir,
             cgroup_dir,
             net,
+            disks,
             share_cache_ms,
         } = config;
         if !(1..=VCPUS_MAX).contains(&vcpus) {
@@ -147,6 +156,9 @@ impl Boot {
         }
         if net.len() > NET_DEVICES_MAX {
             return Err(BootError::NetDevices { count: net.len() });
+        }
+        if disks > DISKS_MAX {
+            return Err(BootError::Disks { count: disks });
         }
         let taps = net.iter().filter(|device| device.mac.is_some()).count();
         let (count, expected) = (descriptors.len(), BOOT_FILES + taps);
@@ -177,6 +189,7 @@ impl Boot {
             cgroup_dir,
             share_cache_ms,
             net,
+            disks,
             files: BootFiles::new(descriptors)?,
         })
     }

@@ -18,8 +18,8 @@ use std::error::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use husk_vmm_control::{
-    Answer, Call, Channel, ChannelError, Connect, Event, ExitReason, Failure, Message, Metrics,
-    Request,
+    Answer, Call, Channel, ChannelError, Connect, DiskConfig, Event, ExitReason, Failure, Message,
+    Metrics, PlugDisk, PlugNet, Request,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -54,6 +54,16 @@ pub trait Guest {
     /// # Errors
     /// There is no such device, or the descriptor is no tap.
     fn plug_net(&mut self, device: usize, tap: Option<OwnedFd>) -> Result<(), Self::Error>;
+
+    /// Plugs a disk into a slot, or pulls it out.
+    ///
+    /// # Errors
+    /// There is no such slot, it is not free, or the disk is none.
+    fn plug_disk(
+        &mut self,
+        slot: usize,
+        disk: Option<(DiskConfig, OwnedFd)>,
+    ) -> Result<(), Self::Error>;
 
     /// Ends vCPUs and devices. Returns when the devices have passed on what they hold, or after
     /// a limited time.
@@ -95,7 +105,7 @@ impl State {
             (Self::Running, Call::Connect(_)) => Ok(Self::Running),
             // The guest answers when it runs again, or the connection times out.
             (Self::Paused, Call::Connect(_)) => Ok(Self::Paused),
-            (state, Call::Stop | Call::Metrics | Call::PlugNet(_)) => Ok(state),
+            (state, Call::Stop | Call::Metrics | Call::PlugNet(_) | Call::PlugDisk(_)) => Ok(state),
             (_, Call::Boot(_)) => Err("the machine is built already"),
             (Self::Built, _) => Err("the guest was not started"),
             (_, Call::Start) => Err("the guest was started already"),
@@ -238,27 +248,25 @@ impl<G: Guest> Control<'_, G> {
                 return Ok(None);
             }
         };
-        let takes_descriptors = matches!(call, Call::Connect(_) | Call::PlugNet(_));
-        if !takes_descriptors && !descriptors.is_empty() {
-            self.reply(id, Err(failure("the call takes no descriptors")))?;
+        if let Some(why) = misfit(&call, descriptors.len()) {
+            self.reply(id, Err(failure(why)))?;
             return Ok(None);
         }
+        let mut descriptors = descriptors.into_iter();
         let done = match call {
             Call::Start => self.guest.start(),
             Call::Pause => self.guest.pause(),
             Call::Resume => self.guest.resume(),
             Call::Connect(connect) => {
-                self.connect(id, &connect, descriptors)?;
+                self.connect(id, &connect, descriptors.collect())?;
                 return Ok(None);
             }
-            Call::PlugNet(plug) if descriptors.len() != usize::from(plug.tap) => {
-                let why = "plugging a network device in takes one tap, pulling it out none";
-                self.reply(id, Err(failure(why)))?;
-                return Ok(None);
+            Call::PlugNet(PlugNet { device, .. }) => {
+                self.guest.plug_net(device, descriptors.next())
             }
-            Call::PlugNet(plug) => self
-                .guest
-                .plug_net(plug.device, descriptors.into_iter().next()),
+            Call::PlugDisk(PlugDisk { slot, disk }) => {
+                self.guest.plug_disk(slot, disk.zip(descriptors.next()))
+            }
             Call::Metrics => {
                 let metrics = self.metrics();
                 self.reply(id, Ok(Answer::Metrics(metrics)))?;
@@ -377,6 +385,23 @@ impl<G: Guest> Control<'_, G> {
     fn send(&self, message: &Message) -> Result<(), HungUp> {
         self.channel.send(message, &[]).map_err(|_| HungUp)
     }
+}
+
+/// Why a call can't have come with that many descriptors. A connection looks at its own.
+fn misfit(call: &Call, descriptors: usize) -> Option<&'static str> {
+    let (expected, why) = match call {
+        Call::Connect(_) => return None,
+        Call::PlugNet(plug) => (
+            usize::from(plug.tap),
+            "plugging a network device in takes one tap, pulling it out none",
+        ),
+        Call::PlugDisk(plug) => (
+            usize::from(plug.disk.is_some()),
+            "plugging a disk in takes one file, pulling it out none",
+        ),
+        _ => (0, "the call takes no descriptors"),
+    };
+    (descriptors != expected).then_some(why)
 }
 
 /// The descriptors of a connection, if they are those that it names.

@@ -26,6 +26,20 @@ pub struct Profile {
     pub is_hidden: bool,
 }
 
+/// What a driver finds in a device that was made without it: what is plugged in later brings it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Looks {
+    /// As in [`Profile::features`], which it takes the place of.
+    pub features: u64,
+    /// The config space; what lies behind it reads as zero.
+    pub config: Vec<u8>,
+}
+
+/// The guest has a driver for what was in a device's place before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the guest has not let go of what was there before")]
+pub struct StillDriven;
+
 /// One virtio device.
 pub trait Device: Send {
     /// Who the device is. Always the same value.

@@ -46,12 +46,20 @@ pub(crate) const HOLE_END: u64 = 0x1_0000_0000;
 pub(crate) const MMIO_GPA: u64 = 0xd000_0000;
 /// Register space of each device.
 pub(crate) const MMIO_BYTES: u64 = PAGE_BYTES;
-/// Interrupt line of the first device; the others follow. Lower ones are taken on every PC.
+/// Interrupt line of the first device; the others follow, see [`irq_of`]. Lower ones are taken on
+/// every PC.
 pub(crate) const IRQ_FIRST: u32 = 5;
 /// Last input of KVM's I/O APIC.
 pub(crate) const IRQ_LAST: u32 = 23;
-/// Most devices a machine can have: each has a line of its own.
-pub(crate) const DEVICES_MAX: usize = (IRQ_LAST - IRQ_FIRST + 1) as usize;
+/// Most devices a machine can have. The command line must have room for all of them.
+pub(crate) const DEVICES_MAX: usize = 32;
+
+/// The interrupt line of a device. Those for whom there is none left share the last one: their drivers
+/// look whether it was their device that rang.
+pub(crate) fn irq_of(index: usize) -> u32 {
+    let index = u32::try_from(index).unwrap_or(u32::MAX);
+    IRQ_FIRST.saturating_add(index).min(IRQ_LAST)
+}
 
 /// Registers of the I/O APIC.
 pub(crate) const IO_APIC_GPA: u64 = 0xfec0_0000;

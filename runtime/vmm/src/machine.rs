@@ -24,16 +24,18 @@ use crate::boot;
 use crate::boot::BootError;
 use crate::bus::Bus;
 use crate::device::Device;
+use crate::device::Looks;
+use crate::device::StillDriven;
 use crate::end::End;
 use crate::end::EndReason;
 use crate::kvm;
 use crate::last_words;
 use crate::layout::DEVICES_MAX;
 use crate::layout::IDENTITY_MAP_GPA;
-use crate::layout::IRQ_FIRST;
 use crate::layout::MMIO_BYTES;
 use crate::layout::MMIO_GPA;
 use crate::layout::TSS_GPA;
+use crate::layout::irq_of;
 use crate::memory::Memory;
 use crate::memory::MemoryError;
 use crate::memory::ReadOnlyPages;
@@ -76,7 +78,7 @@ pub enum BuildError {
     /// The machine has no virtual CPU.
     #[error("a machine needs at least one virtual CPU")]
     NoVcpus,
-    /// The machine has more devices than there are interrupt lines.
+    /// The machine has more devices than there is room for.
     #[error("{devices} devices are more than the {DEVICES_MAX} that a machine can have")]
     TooManyDevices {
         /// How many were given.
@@ -288,6 +290,17 @@ impl Machine {
         }
     }
 
+    /// Lets the guest meet the device of that index, as it looks now, whenever it looks for one.
+    ///
+    /// # Errors
+    /// A driver has not let go of it as it was before.
+    pub fn show_device_as(&self, index: usize, looks: &Looks) -> Result<(), StillDriven> {
+        match self.bus.devices().nth(index) {
+            Some(mut device) => device.appear_as(looks),
+            None => Ok(()),
+        }
+    }
+
     /// Ends all threads: first the virtual CPUs, then the devices, which pass on what they hold.
     /// May be called again, to no effect.
     ///
@@ -370,7 +383,8 @@ fn attach(
             source,
         })?;
     let places = (MMIO_GPA..).step_by(usize::try_from(MMIO_BYTES).unwrap_or(usize::MAX));
-    for (((index, device), place), irq) in (0..).zip(devices).zip(places).zip(IRQ_FIRST..) {
+    for ((index, device), place) in (0..).zip(devices).zip(places) {
+        let irq = irq_of(index);
         let what = device.profile().name;
         let page = RegisterPage::new(Arc::clone(&pages), index);
         let (mmio, seat) = Mmio::new(device, memory.shared(), page)

@@ -56,6 +56,10 @@ pub enum Call {
     /// Plugs a tap into a network device, or pulls it out. Descriptors: the tap if [`PlugNet::tap`].
     /// The one that was there before is closed.
     PlugNet(PlugNet),
+    /// Plugs a disk into a slot, or pulls it out. Descriptors: its file if [`PlugDisk::disk`], open for
+    /// what the guest may do to it. What was there before must have been pulled out by a parent who had
+    /// the guest let go of it.
+    PlugDisk(PlugDisk),
     /// Ends the virtual machine at once, whatever the guest does.
     Stop,
     /// Asks for the counters of the machine.
@@ -81,6 +85,10 @@ pub struct BootConfig {
     /// The network devices, in the order in which the guest meets them; at most [`NET_DEVICES_MAX`].
     #[serde(default)]
     pub net: Vec<NetConfig>,
+    /// How many slots for disks there are, for [`Call::PlugDisk`]; at most [`DISKS_MAX`]. They are the
+    /// last devices that the guest meets, and nothing to it while they are empty.
+    #[serde(default)]
+    pub disks: usize,
     /// How long the guest may believe names and attributes of the share, in milliseconds.
     pub share_cache_ms: u64,
 }
@@ -97,6 +105,8 @@ pub struct NetConfig {
 
 /// Most network devices of a machine.
 pub const NET_DEVICES_MAX: usize = 8;
+/// Most disks of a machine.
+pub const DISKS_MAX: usize = 16;
 /// Most virtual CPUs a machine may have.
 pub const VCPUS_MAX: u8 = 64;
 /// Least guest memory, in MiB, a stock kernel and the agent get up in.
@@ -112,6 +122,32 @@ pub struct PlugNet {
     pub device: usize,
     /// A tap is sent; none: what is there is pulled out.
     pub tap: bool,
+}
+
+/// A slot for a disk, and what comes there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlugDisk {
+    /// One of [`BootConfig::disks`], counted from 0.
+    pub slot: usize,
+    /// The disk; none: what is there is pulled out.
+    pub disk: Option<DiskConfig>,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Its size.
+    pub bytes: u64,
+    /// Its smallest unit: a power of two, 512 to 4096.
+    pub block_bytes: u32,
+    /// The guest may not write to it.
+    pub is_read_only: bool,
+    /// Parts of it can be given back to the host with fallocate(2), and then read as zeros.
+    pub can_zero: bool,
+    /// The name by which the guest finds it: 1 to 20 letters and digits.
+    pub serial: String,
 }
 
 /// A vsock connection to be made from the host to the guest.

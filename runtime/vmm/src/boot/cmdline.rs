@@ -2,9 +2,9 @@
 
 use std::fmt::Write;
 
-use crate::layout::IRQ_FIRST;
 use crate::layout::MMIO_BYTES;
 use crate::layout::MMIO_GPA;
+use crate::layout::irq_of;
 
 /// What every guest is told:
 ///
@@ -26,7 +26,8 @@ const BASE: &str = "console=hvc0 quiet loglevel=4 panic=-1 reboot=k tsc=reliable
 pub(crate) fn device_command_line(devices: usize, extra: &str) -> String {
     let mut line = BASE.to_owned();
     let registers = (MMIO_GPA..).step_by(usize::try_from(MMIO_BYTES).unwrap_or(usize::MAX));
-    for (start, irq) in registers.zip(IRQ_FIRST..).take(devices) {
+    for (index, start) in registers.take(devices).enumerate() {
+        let irq = irq_of(index);
         // Writing to a string does not fail.
         let _ = write!(line, " virtio_mmio.device={MMIO_BYTES}@{start:#x}:{irq}");
     }
@@ -42,6 +43,7 @@ pub(crate) fn device_command_line(devices: usize, extra: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::{CMDLINE_BYTES_MAX, DEVICES_MAX};
 
     #[test]
     fn devices_follow_one_another() {
@@ -50,6 +52,29 @@ mod tests {
         assert!(line.ends_with(
             " virtio_mmio.device=4096@0xd0000000:5 virtio_mmio.device=4096@0xd0001000:6"
         ));
+    }
+
+    #[test]
+    fn devices_without_a_line_of_their_own_share_the_last() {
+        let line = device_command_line(20, "");
+
+        let lines: Vec<_> = line
+            .split(' ')
+            .filter_map(|word| word.rsplit_once(':'))
+            .collect();
+        assert_eq!(lines[17].1, "22");
+        assert_eq!((lines[18].1, lines[19].1), ("23", "23"));
+    }
+
+    #[test]
+    fn all_devices_leave_room_for_words() {
+        let line = device_command_line(DEVICES_MAX, "");
+
+        assert!(
+            (line.len() as u64) < CMDLINE_BYTES_MAX - 256,
+            "{}",
+            line.len()
+        );
     }
 
     #[test]

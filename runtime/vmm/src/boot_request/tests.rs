@@ -10,6 +10,7 @@ fn config() -> BootConfig {
         shared_dir: "/srv".to_owned(),
         cgroup_dir: String::new(),
         net: Vec::new(),
+        disks: 0,
         share_cache_ms: 0,
     }
 }
@@ -40,6 +41,7 @@ fn numbers_outside_the_limits_are_refused() {
     assert!(refusal(|c| c.vcpus = VCPUS_MAX + 1).contains("virtual CPUs"));
     assert!(refusal(|c| c.memory_mib = MEMORY_MIB_MIN - 1).contains("MiB"));
     assert!(refusal(|c| c.memory_mib = MEMORY_MIB_MAX + 1).contains("MiB"));
+    assert!(refusal(|c| c.disks = DISKS_MAX + 1).contains("17 slots for disks"));
 }
 
 #[test]

@@ -50,6 +50,14 @@ impl Guest for FakeGuest {
         self.note(if tap.is_some() { "plug" } else { "pull" })
     }
 
+    fn plug_disk(&mut self, _: usize, disk: Option<(DiskConfig, OwnedFd)>) -> Result<(), Refused> {
+        self.note(if disk.is_some() {
+            "plug disk"
+        } else {
+            "pull disk"
+        })
+    }
+
     fn shut_down(&mut self) {
         self.asked.lock().unwrap().push("shut down");
     }
@@ -152,6 +160,40 @@ fn connect(stream: u64) -> Connect {
         sink: false,
         duplex: false,
     }
+}
+
+#[test]
+fn a_disk_comes_with_its_file_only() {
+    let mut parent = Parent::new();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let plug = |has_disk: bool| {
+        let disk = DiskConfig {
+            bytes: 512,
+            block_bytes: 512,
+            is_read_only: true,
+            can_zero: false,
+            serial: "a".to_owned(),
+        };
+        let disk = has_disk.then_some(disk);
+        Call::PlugDisk(PlugDisk { slot: 0, disk })
+    };
+
+    assert!(
+        parent
+            .ask(plug(true), &[])
+            .unwrap_err()
+            .contains("one file")
+    );
+    assert!(
+        parent
+            .ask(plug(false), &[file.as_fd()])
+            .unwrap_err()
+            .contains("one file")
+    );
+    parent.ask(plug(true), &[file.as_fd()]).unwrap();
+    parent.ask(plug(false), &[]).unwrap();
+
+    assert_eq!(*parent.asked.lock().unwrap(), ["plug disk", "pull disk"]);
 }
 
 #[test]

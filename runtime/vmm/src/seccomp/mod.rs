@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
-use virtio_bindings::virtio_ids::{VIRTIO_ID_NET, VIRTIO_ID_VSOCK};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_VSOCK};
 
 /// The kinds of threads of a virtual machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub enum ThreadKind {
     Vsock,
     /// A network device: moves frames between its queues and its tap.
     Net,
+    /// A disk: moves bytes between its queue and its file.
+    Blk,
     /// Serves FUSE requests: the only kind that opens files.
     FsWorker,
 }
@@ -65,12 +67,13 @@ pub enum SeccompError {
 
 impl ThreadKind {
     /// Every kind, in the order of declaration.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Control,
         Self::Vcpu,
         Self::Device,
         Self::Vsock,
         Self::Net,
+        Self::Blk,
         Self::FsWorker,
     ];
 
@@ -80,6 +83,7 @@ impl ThreadKind {
         match device_type {
             VIRTIO_ID_VSOCK => Self::Vsock,
             VIRTIO_ID_NET => Self::Net,
+            VIRTIO_ID_BLOCK => Self::Blk,
             _ => Self::Device,
         }
     }

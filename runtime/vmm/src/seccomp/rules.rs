@@ -62,6 +62,14 @@ const STREAM_BYTES: &[c_long] = &[libc::SYS_readv, libc::SYS_shutdown, libc::SYS
 /// Frames between a tap and guest memory.
 const FRAMES: &[c_long] = &[libc::SYS_readv, libc::SYS_writev];
 
+/// Bytes between a disk's file and guest memory.
+const DISK_CONTENTS: &[c_long] = &[
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+];
+
 /// Looking at a descriptor that was handed over, and watching it.
 const STREAM_DESCRIPTORS: &[c_long] = &[libc::SYS_epoll_create1, libc::SYS_fstat];
 
@@ -182,6 +190,11 @@ pub(super) fn of(kind: ThreadKind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>,
             rules.allow(WAITING);
             rules.allow(FRAMES);
             rules.allow_requests(TAP_REQUESTS)?;
+        }
+        ThreadKind::Blk => {
+            rules.allow_copies()?;
+            rules.allow(WAITING);
+            rules.allow(DISK_CONTENTS);
         }
         ThreadKind::FsWorker => {
             rules.allow(WAITING);

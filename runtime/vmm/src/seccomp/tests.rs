@@ -114,6 +114,25 @@ fn only_what_moves_streams_and_frames_has_the_calls_for_it() {
 }
 
 #[test]
+fn only_what_serves_files_and_disks_has_the_calls_for_it() {
+    for kind in ThreadKind::ALL {
+        let may = |is_allowed| if is_allowed { End::Returned } else { KILLED };
+        let (is_file, is_disk) = (kind == ThreadKind::FsWorker, kind == ThreadKind::Blk);
+        for (number, is_allowed) in [
+            (libc::SYS_preadv, is_file || is_disk),
+            (libc::SYS_pwritev, is_disk),
+            (libc::SYS_fdatasync, is_file || is_disk),
+            (libc::SYS_fallocate, is_file || is_disk),
+            (libc::SYS_ftruncate, is_file),
+            (libc::SYS_statx, is_file),
+        ] {
+            let end = under(kind, || raw(number, [-1, 0, 0, 0]));
+            assert_eq!(end, may(is_allowed), "{kind:?}, system call {number}");
+        }
+    }
+}
+
+#[test]
 fn memory_is_never_executable() {
     let page = 4096;
     let private_anonymous = c_long::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
@@ -180,6 +199,7 @@ fn permitted_calls_pass() {
         ThreadKind::Device,
         ThreadKind::Vsock,
         ThreadKind::Net,
+        ThreadKind::Blk,
         ThreadKind::FsWorker,
     ];
     for kind in waits {

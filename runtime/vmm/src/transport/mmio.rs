@@ -24,7 +24,9 @@ use super::worker;
 use super::worker::Seat;
 use super::worker::Worker;
 use crate::device::Device;
+use crate::device::Looks;
 use crate::device::Profile;
+use crate::device::StillDriven;
 use crate::last_words;
 use crate::layout::MMIO_BYTES;
 
@@ -170,6 +172,23 @@ impl Mmio {
             false => reg::NO_DEVICE,
         };
         self.page.set(reg::DEVICE_ID, id);
+    }
+
+    /// Shows the driver a device that looks different from the one that was in its place before.
+    ///
+    /// # Errors
+    /// A driver has not let go of that one. Nothing was changed.
+    pub(crate) fn appear_as(&mut self, looks: &Looks) -> Result<(), StillDriven> {
+        if self.driver.status != Status::Fresh || self.driver.has_failed {
+            return Err(StillDriven);
+        }
+        self.features = looks.features | (1 << VIRTIO_F_VERSION_1);
+        let mut config = looks.config.clone();
+        config.resize(CONFIG_BYTES, 0);
+        self.page.set_bytes(reg::CONFIG, &config);
+        self.show();
+        self.appear(true);
+        Ok(())
     }
 
     /// Shows what a write of the driver's may have changed.

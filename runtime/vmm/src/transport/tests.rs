@@ -23,7 +23,9 @@ use super::status::NEEDS_RESET;
 use crate::device::Activation;
 use crate::device::Device;
 use crate::device::DeviceError;
+use crate::device::Looks;
 use crate::device::Profile;
+use crate::device::StillDriven;
 use crate::devices::fd::borrow;
 use crate::memory::Memory;
 use crate::memory::ReadOnlyPages;
@@ -385,6 +387,44 @@ fn device_that_is_not_there_is_a_placeholder() {
 
     rig.mmio.appear(true);
     assert_eq!(rig.read(reg::DEVICE_ID), 42);
+}
+
+#[test]
+fn a_device_that_is_driven_does_not_become_another() {
+    let mut rig = Rig::new(Manner::ServeUntilStopped);
+    let looks = Looks {
+        features: 1 << 5,
+        config: vec![9],
+    };
+    rig.mmio.appear(false);
+    rig.write(reg::STATUS, ACKNOWLEDGE);
+
+    assert_eq!(rig.mmio.appear_as(&looks), Err(StillDriven));
+
+    assert_eq!(rig.read(reg::DEVICE_ID), 0);
+    assert_eq!(rig.read(reg::CONFIG), 0x0403_0201);
+    rig.write(reg::STATUS, 0);
+    rig.mmio.appear_as(&looks).unwrap();
+    assert_eq!(rig.read(reg::DEVICE_ID), 42);
+    assert_eq!(rig.read(reg::CONFIG), 9);
+    assert_eq!(rig.read(reg::DEVICE_FEATURES), 1 << 5);
+}
+
+#[test]
+fn a_device_that_became_another_has_its_features_only() {
+    let mut rig = Rig::new(Manner::ServeUntilStopped);
+    let looks = Looks {
+        features: 1 << 5,
+        config: Vec::new(),
+    };
+    rig.mmio.appear_as(&looks).unwrap();
+
+    rig.agree(VERSION_1 | OFFERED);
+    assert_eq!(rig.status(), ACKNOWLEDGE | DRIVER);
+    rig.write(reg::STATUS, 0);
+    rig.agree(VERSION_1 | 1 << 5);
+
+    assert_eq!(rig.status(), READY);
 }
 
 #[test]

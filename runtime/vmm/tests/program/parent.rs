@@ -76,6 +76,7 @@ impl Parent {
             shared_dir: share.path().to_str().unwrap().to_owned(),
             cgroup_dir: String::new(),
             net: Vec::new(),
+            disks: 0,
             share_cache_ms: 0,
         };
         Self {
