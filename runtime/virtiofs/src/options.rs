@@ -70,6 +70,10 @@ pub struct Options {
     /// Let the guest kernel gather writes and send them later. Then it no longer sees when
     /// someone else changes a file's size or times.
     pub writeback: bool,
+    /// Requests of this group and the three after it change nothing: they are made in the guest to
+    /// tell its inotify of a change that the host has made. In this order: something was made; what
+    /// is no directory was removed or renamed; a directory was; contents or attributes changed.
+    pub echo_group: Option<u32>,
     /// Most files known to the guest at one time, each by a descriptor. Beyond: `ENFILE`.
     pub inodes_max: usize,
     /// Most files and directories open at one time. Beyond: `ENFILE`.
@@ -99,6 +103,7 @@ impl Options {
             shared: CachePolicy::SHARED,
             private_mount: None,
             writeback: false,
+            echo_group: None,
             // A guest forgets files only when its own memory is short, so they are many.
             inodes_max: 896 * 1024,
             handles_max: 64 * 1024,

@@ -11,7 +11,7 @@ use crate::counters::{Counters, Totals};
 use crate::handles::Handles;
 use crate::inodes::Inodes;
 use crate::memory::{HEADER_BYTES, ReplyWriter, RequestReader};
-use crate::ops::TRANSFER_BYTES_MAX;
+use crate::ops::{Echo, TRANSFER_BYTES_MAX};
 use crate::options::Options;
 use crate::request::Arguments;
 use crate::worker::{ARGUMENTS_BYTES_MAX, Worker};
@@ -25,6 +25,8 @@ pub struct Server {
     pub(crate) totals: Totals,
     /// The flags that both sides agreed on at INIT; [`NOT_INITIALISED`] before.
     negotiated: AtomicU64,
+    /// Number of files that were found for an echo alone.
+    pub(crate) ghosts: AtomicU64,
 }
 
 /// No flag of INIT: the highest bit stands for nothing yet.
@@ -69,6 +71,7 @@ impl Server {
             handles: Handles::default(),
             totals: Totals::default(),
             negotiated: AtomicU64::new(NOT_INITIALISED),
+            ghosts: AtomicU64::default(),
             options,
         })
     }
@@ -192,6 +195,10 @@ impl Server {
     }
 
     fn operate(&self, opcode: Opcode, call: &mut Call<'_, '_>) -> Result<(), Errno> {
+        let echo = Echo::of(&call.header, self.options.echo_group);
+        if let Some(answered) = echo.and_then(|echo| self.echo(echo, opcode, call)) {
+            return answered;
+        }
         match opcode {
             Opcode::Init => self.init(call),
             Opcode::Destroy => {

@@ -3,6 +3,9 @@
 
 #![cfg(test)]
 
+#[path = "requests/echo.rs"]
+mod echo;
+
 use std::cell::RefCell;
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -34,17 +37,25 @@ const ROOT: u64 = 1;
 
 const HEADER: usize = 40;
 const REPLY_HEADER: usize = 16;
+/// Where a request has the caller's group.
+const GROUP: usize = 28;
 
 /// A guest: builds requests, and takes replies apart.
 struct Guest<'s> {
     server: &'s Server,
     worker: Worker,
+    /// Whose group its requests are made in.
+    group: u32,
 }
 
 impl<'s> Guest<'s> {
     fn new(server: &'s Server) -> Self {
         let worker = Worker::new(server).unwrap();
-        Self { server, worker }
+        Self {
+            server,
+            worker,
+            group: 0,
+        }
     }
 
     fn init(&mut self) {
@@ -58,7 +69,8 @@ impl<'s> Guest<'s> {
 
     /// The body of the reply, or its error.
     fn call(&mut self, opcode: u32, node: u64, arguments: &[u8]) -> Result<Vec<u8>, i32> {
-        let request = request(opcode, node, arguments);
+        let mut request = request(opcode, node, arguments);
+        request[GROUP..GROUP + 4].copy_from_slice(&self.group.to_ne_bytes());
         let mut reply = vec![0; 1 << 17];
         let reader = RequestReader::from_bytes(&request);
         let used = self.server.handle(
@@ -130,6 +142,10 @@ fn server(share: &Path) -> Server {
 /// Runs `test` with a share in a directory that has a secret beside it. In a thread of its own,
 /// for which [`Worker::new`] may change the current directory.
 fn with_share(test: impl FnOnce(&Path, &mut Guest<'_>) + Send) {
+    with_share_and(options(), test);
+}
+
+fn with_share_and(options: Options, test: impl FnOnce(&Path, &mut Guest<'_>) + Send) {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: not root");
         return;
@@ -138,7 +154,7 @@ fn with_share(test: impl FnOnce(&Path, &mut Guest<'_>) + Send) {
     fs::write(place.path().join("secret"), "outside").unwrap();
     let share = place.path().join("share");
     fs::create_dir(&share).unwrap();
-    let server = server(&share);
+    let server = Server::new(directory(&share), options).unwrap();
     thread::scope(|scope| {
         scope.spawn(|| {
             let mut guest = Guest::new(&server);

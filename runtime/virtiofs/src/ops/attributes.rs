@@ -164,7 +164,11 @@ fn times(request: &SetattrIn) -> Option<Timestamps> {
     })
 }
 
-fn reply_attributes(call: &mut Call<'_, '_>, inode: &Inode, stat: &Statx) -> Result<(), Errno> {
+pub(super) fn reply_attributes(
+    call: &mut Call<'_, '_>,
+    inode: &Inode,
+    stat: &Statx,
+) -> Result<(), Errno> {
     let (attr_valid, attr_valid_nsec) = seconds(inode.mount.policy.attributes);
     call.reply_with(&AttrOut {
         attr_valid,

@@ -3,6 +3,7 @@
 mod attributes;
 mod create;
 mod directory;
+mod echo;
 mod file;
 mod names;
 mod session;
@@ -12,5 +13,6 @@ mod xattr;
 /// Most bytes of file data in one READ or WRITE: `max_pages` of 4096 bytes.
 pub(crate) const TRANSFER_BYTES_MAX: u32 = 1024 * 1024;
 
+pub(crate) use echo::Echo;
 #[cfg(feature = "fuser")]
 pub(crate) use session::negotiate;
