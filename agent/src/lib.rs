@@ -13,6 +13,7 @@ pub mod attributes;
 pub mod cgroup;
 pub mod container;
 pub mod devices;
+pub mod echo;
 pub mod forward;
 pub mod guest;
 pub mod launch;

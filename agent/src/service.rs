@@ -3,17 +3,19 @@
 use std::fs::OpenOptions;
 use std::future::Future;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use husk_protocol::PROTOCOL_VERSION;
 use husk_protocol::messages as m;
 use husk_protocol::service::Agent;
+use husk_protocol::{PROTOCOL_VERSION, SHARED_DIR};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 
 use crate::cgroup::CgroupError;
 use crate::container::lock;
+use crate::echo::{EchoError, echo};
 use crate::forward::ForwardError;
 use crate::guest::{self, Times};
 use crate::launch::LaunchError;
@@ -207,6 +209,24 @@ impl Agent for Service {
     ) -> ttrpc::Result<m::ForwardPortResponse> {
         answer(self.sandbox.forward(&request).await)?;
         Ok(m::ForwardPortResponse::default())
+    }
+
+    async fn echo_changes(
+        &self,
+        _: &TtrpcContext,
+        request: m::EchoChangesRequest,
+    ) -> ttrpc::Result<m::EchoChangesResponse> {
+        let work = move || echo(Path::new(SHARED_DIR), &request);
+        let echoed = tokio::task::spawn_blocking(work).await;
+        let echoed = echoed.map_err(|error| status(Code::INTERNAL, &error.to_string()))?;
+        echoed.map_err(|error| {
+            let code = match error {
+                EchoError::TooMany(_) | EchoError::Group(_) => Code::INVALID_ARGUMENT,
+                EchoError::Share(_) => Code::INTERNAL,
+            };
+            status(code, &chain(&error))
+        })?;
+        Ok(m::EchoChangesResponse::default())
     }
 
     async fn shutdown(

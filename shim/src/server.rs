@@ -151,6 +151,7 @@ impl PodMaker for Maker {
                 true => settings.network.spare_interfaces.into(),
                 false => 0,
             },
+            changes_told: settings.volumes.inotify,
             cgroup: pod.cgroup,
         };
         let sandbox = Sandbox::start(config)

@@ -171,6 +171,7 @@ async fn run_sandbox(arguments: &Arguments) -> Result<u8> {
         hostname: arguments.id(),
         netns: None,
         spare_net_devices: 0,
+        changes_told: settings.volumes.inotify,
         cgroup: None,
     };
     let mut signals = Signals::catch()?;

@@ -127,6 +127,7 @@ impl Sandbox {
             })
             .await?;
         }
+        let told = self.places_told(&id, &guest);
         let spec_json = to_json(&guest.spec)?;
         let files = ContainerFiles::new(&self.state, &id);
         let created = async {
@@ -144,6 +145,12 @@ impl Sandbox {
         };
         let created = created.await;
         if let Ok(pid) = created {
+            self.teller().watch(
+                &self.state.shared(),
+                told,
+                self.agent.client(),
+                self.vmm.end_watch(),
+            );
             if let Some(score) = oom_score {
                 self.vmm.take_oom_score(score);
             }
@@ -156,6 +163,16 @@ impl Sandbox {
             tracing::warn!(container = id, %error, "a container that failed leaves something");
         }
         created
+    }
+
+    /// The volumes, below the share, of whose changes by the host the guest is to hear.
+    fn places_told(&self, id: &str, guest: &GuestSpec) -> Vec<PathBuf> {
+        let teller = self.teller();
+        let volumes = guest.volumes.iter().enumerate();
+        volumes
+            .filter(|(_, volume)| teller.tells_of(volume.is_read_only))
+            .map(|(index, _)| files::volume_place(id, index))
+            .collect()
     }
 
     /// Mounts the container's files and runs the hooks that may change them or the network.
@@ -180,6 +197,7 @@ impl Sandbox {
 
     /// Removes what a container that is not in the guest has on the host. Its last hooks run.
     async fn remove_from_host(&self, id: &str) -> Result<(), ContainerError> {
+        self.teller().leave(PathBuf::from(id));
         let (state, id) = (self.state.clone(), id.to_owned());
         in_background(move || {
             let unmounted = ContainerFiles::new(&state, &id).unmount();

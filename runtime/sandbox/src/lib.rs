@@ -16,6 +16,7 @@
 
 mod agent;
 mod cgroup;
+mod changes;
 mod cleanup;
 mod clock;
 mod container;
@@ -42,6 +43,7 @@ mod timings;
 mod vmm;
 mod volumes;
 
+pub use changes::ChangesTold;
 pub use cleanup::{cleanup, cleanup_container, sandboxes};
 pub use container::{ContainerRequest, Drained, Exit, ListedProcess, ProcessIo, RootfsMount};
 pub use error::{CleanupError, ContainerError, ErrorKind, StartError, VmEnd};
@@ -55,7 +57,7 @@ pub use pod::{PodRequest, Role};
 pub use sandbox::{GuestInfo, Sandbox, SandboxConfig};
 pub use settings::{
     Install, InstallError, LogSettings, NetworkSettings, SETTINGS_PATH, Settings, SettingsError,
-    VmSettings,
+    VmSettings, VolumeSettings,
 };
 pub use spec::{SpecError, check as check_spec};
 pub use spec_json::{parse_process, parse_spec};

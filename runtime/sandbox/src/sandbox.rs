@@ -15,6 +15,7 @@ use husk_vmm_control::{BootConfig, NetConfig, monotonic_us};
 use tokio::time::timeout;
 
 use crate::agent::Agent;
+use crate::changes::Teller;
 use crate::container::Containers;
 use crate::error::{cap_text, describe};
 use crate::netns::Netns;
@@ -24,7 +25,9 @@ use crate::state::{Record, StateDir};
 use crate::timings::StartTimings;
 use crate::vmm::{BootFiles, Spawned, Vmm};
 use crate::volumes::MemoryVolumes;
-use crate::{CleanupError, Install, StartError, VmEnd, cgroup, cleanup, clock, network};
+use crate::{
+    ChangesTold, CleanupError, Install, StartError, VmEnd, cgroup, cleanup, clock, network,
+};
 
 /// What to start.
 #[derive(Debug, Clone)]
@@ -50,6 +53,8 @@ pub struct SandboxConfig {
     /// Network devices beyond those of the interfaces that are there now, for interfaces that come
     /// later.
     pub spare_net_devices: usize,
+    /// Of which volumes the guest's inotify hears what the host changes.
+    pub changes_told: ChangesTold,
     /// A cgroup v2 directory for all of the pod, below which one is made that the VMM and the caller
     /// join; none: the VMM's own is in `/sys/fs/cgroup/husk`. Where the host has no cgroup v2, the
     /// VMM stays in the caller's cgroup.
@@ -76,6 +81,7 @@ pub struct Sandbox {
     timings: StartTimings,
     containers: Mutex<Containers>,
     memory_volumes: Mutex<MemoryVolumes>,
+    teller: Mutex<Teller>,
     /// The cgroup that this process has left for the pod's.
     left_cgroup: Mutex<Option<PathBuf>>,
 }
@@ -148,7 +154,11 @@ impl Sandbox {
         };
         timings.spawned_us = monotonic_us();
         let (mut devices, net, taps) = Devices::of(found.attached, config.spare_net_devices);
-        let boot = boot_config(config, state, record.cgroup.as_deref(), net)?;
+        let teller = Teller::new(config.changes_told);
+        let boot = BootConfig {
+            share_echo_group: Some(teller.group()),
+            ..boot_config(config, state, record.cgroup.as_deref(), net)?
+        };
         let (vmm, boot_times) = spawned
             .boot(boot, &files, theirs, &taps, |pid| {
                 record.vmm = Identity::of(pid).ok();
@@ -191,6 +201,7 @@ impl Sandbox {
             creating: tokio::sync::RwLock::default(),
             containers: Mutex::default(),
             memory_volumes: Mutex::new(MemoryVolumes::new(&config.id)),
+            teller: Mutex::new(teller),
             left_cgroup: Mutex::new(enter_cgroup(config, record.cgroup.as_deref())),
         })
     }
@@ -289,6 +300,10 @@ impl Sandbox {
         self.containers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn teller(&self) -> MutexGuard<'_, Teller> {
+        self.teller.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn memory_volumes(&self) -> MutexGuard<'_, MemoryVolumes> {
@@ -408,6 +423,7 @@ fn boot_config(
         net,
         disks: 0,
         share_cache_ms: SHARE_CACHE_MS,
+        share_echo_group: None,
     })
 }
 

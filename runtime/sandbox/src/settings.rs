@@ -6,6 +6,8 @@ use std::{env, fs, io};
 use husk_vmm_control::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, NET_DEVICES_MAX, VCPUS_MAX};
 use serde::Deserialize;
 
+use crate::ChangesTold;
+
 /// Where [`Settings::load`] looks.
 pub const SETTINGS_PATH: &str = "/etc/husk/config.toml";
 
@@ -20,6 +22,9 @@ pub const SETTINGS_PATH: &str = "/etc/husk/config.toml";
 /// [network]
 /// spare_interfaces = 2
 ///
+/// [volumes]
+/// inotify = "all"
+///
 /// [log]
 /// level = "debug"
 /// ```
@@ -30,6 +35,8 @@ pub struct Settings {
     pub vm: VmSettings,
     /// The pods' networks.
     pub network: NetworkSettings,
+    /// The pods' volumes.
+    pub volumes: VolumeSettings,
     /// What is written to the log.
     pub log: LogSettings,
 }
@@ -61,6 +68,14 @@ pub struct NetworkSettings {
     /// Network devices of a pod whose interfaces are made by OCI hooks, once its virtual machine is
     /// there: as many as such a pod can have.
     pub spare_interfaces: u8,
+}
+
+/// Table `[volumes]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VolumeSettings {
+    /// Of which volumes inotify in the guest hears what the host changes.
+    pub inotify: ChangesTold,
 }
 
 /// Table `[log]`.
@@ -271,6 +286,7 @@ mod tests {
             "[vm]\nvcpu = 2\n",
             "colour = 1\n",
             "[log]\nfile = \"x\"\n",
+            "[volumes]\ninotify = \"some\"\n",
         ] {
             assert!(
                 matches!(parse(text), Err(SettingsError::Parse { .. })),

@@ -61,6 +61,7 @@ fn main() -> Result<ExitCode> {
         net: Vec::new(),
         disks: 0,
         share_cache_ms: 1000,
+        share_echo_group: None,
     });
     channel.send(
         &Request { id: 1, call: boot },

@@ -65,7 +65,7 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
     let jailed = jail::enter(&boot.shared_dir)?;
     let jailed_us = monotonic_us();
     let filters = Filters::compile()?;
-    let server = share(jailed, boot.share_cache_ms)?;
+    let server = share(jailed, boot.share_cache_ms, boot.share_echo_group)?;
     let queues = usize::from(boot.vcpus).min(REQUEST_QUEUES_MAX);
     let fs = FsDevice::new(&server, queues, &filters)?;
     let (vsock, handle) = VsockDevice::new(boot.files.agent).map_err(AssembleError::Vsock)?;
@@ -119,9 +119,14 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
 }
 
 /// The file server for the share, within the descriptors this process may have.
-fn share(jailed: Jailed, cache_ms: u64) -> Result<Arc<Server>, ServerError> {
+fn share(
+    jailed: Jailed,
+    cache_ms: u64,
+    echo_group: Option<u32>,
+) -> Result<Arc<Server>, ServerError> {
     let cache = Duration::from_millis(cache_ms);
     let mut options = Options::pod(jailed.own_descriptors);
+    options.echo_group = echo_group;
     options.shared = CachePolicy {
         entry: cache,
         attributes: cache,

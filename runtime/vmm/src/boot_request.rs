@@ -32,6 +32,8 @@ pub struct Boot {
     pub cgroup_dir: Option<PathBuf>,
     /// For how long the guest may cache names and attributes.
     pub share_cache_ms: u64,
+    /// The first of the groups whose requests to the share change nothing.
+    pub share_echo_group: Option<u32>,
     /// The network devices.
     pub net: Vec<NetBoot>,
     /// Slots for disks.
@@ -143,6 +145,7 @@ impl Boot {
             net,
             disks,
             share_cache_ms,
+            share_echo_group,
         } = config;
         if !(1..=VCPUS_MAX).contains(&vcpus) {
             return Err(BootError::Vcpus { vcpus });
@@ -188,6 +191,7 @@ impl Boot {
             shared_dir: absolute("shared_dir", shared_dir)?,
             cgroup_dir,
             share_cache_ms,
+            share_echo_group,
             net,
             disks,
             files: BootFiles::new(descriptors)?,

@@ -118,6 +118,11 @@ impl ContainerFiles {
     }
 }
 
+/// Where a container's volume is, below the share.
+pub(super) fn volume_place(container: &str, index: usize) -> PathBuf {
+    Path::new(container).join("mounts").join(index.to_string())
+}
+
 /// The mount for a root file system that is a directory of the bundle.
 fn own_root(path: &Path) -> Result<RootfsMount, ContainerError> {
     let metadata = fs::metadata(path).map_err(|error| state_error("find", path, error))?;

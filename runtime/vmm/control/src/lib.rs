@@ -91,6 +91,10 @@ pub struct BootConfig {
     pub disks: usize,
     /// How long the guest may believe names and attributes of the share, in milliseconds.
     pub share_cache_ms: u64,
+    /// Requests to the share that are made in this group's name, or in that of the three after it,
+    /// change nothing: they tell the guest's inotify of what the host has done.
+    #[serde(default)]
+    pub share_echo_group: Option<u32>,
 }
 
 /// A network device. Its tap does not block, and has a header of 12 bytes before each frame

@@ -12,6 +12,7 @@ fn config() -> BootConfig {
         net: Vec::new(),
         disks: 0,
         share_cache_ms: 0,
+        share_echo_group: None,
     }
 }
 

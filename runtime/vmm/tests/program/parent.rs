@@ -78,6 +78,7 @@ impl Parent {
             net: Vec::new(),
             disks: 0,
             share_cache_ms: 0,
+            share_echo_group: None,
         };
         Self {
             channel,
