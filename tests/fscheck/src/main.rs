@@ -8,6 +8,7 @@
 mod checks;
 mod harness;
 mod mapping;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,6 +35,16 @@ fn main() -> ExitCode {
                     return usage("--try-locks needs a file");
                 };
                 return checks::locks::try_locks(&PathBuf::from(path));
+            }
+            // For a scenario: what inotify tells, until a name is moved into place.
+            Some("--watch") => {
+                let (Some(directory), Some(last)) = (arguments.next(), arguments.next()) else {
+                    return usage("--watch needs a directory and a name");
+                };
+                return match watch::watch(directory.as_ref(), &last.to_string_lossy()) {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(error) => usage(&error.to_string()),
+                };
             }
             Some(option) if option.starts_with('-') => {
                 return usage(&format!("no such option: {option}"));

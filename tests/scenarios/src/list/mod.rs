@@ -215,6 +215,9 @@ pub(crate) const ALL: &[Scenario] = &[
     husk("pods_orphans", |ctr| orphans::pods_orphans(ctr)),
     both("pods_streams", |ctr| pods::streams(ctr)),
     both("pods_volumes", |ctr| pods::volumes(ctr)),
+    both("pods_volume_changes_heard", |ctr| {
+        pods::volume_changes_heard(ctr)
+    }),
     both("pods_ports_forwarded", |ctr| {
         pods_network::ports_forwarded(ctr)
     }),

@@ -352,6 +352,51 @@ pub(super) fn volumes(ctr: &Ctr) -> Result<()> {
     done
 }
 
+/// inotify in a pod hears of what the kubelet does to its ConfigMap on the host.
+pub(super) fn volume_changes_heard(ctr: &Ctr) -> Result<()> {
+    let mut kubelet = Kubelet::new(ctr)?;
+    let base = Path::new("/var/tmp").join(&kubelet.name);
+    let map = base.join("map");
+    fs::create_dir_all(&map)?;
+    fs::copy("/share/husk-fscheck", base.join("watch"))?;
+    set_map(&map, "one")?;
+    let config = pod(&kubelet.name);
+    let done = kubelet.with_pod(config, |kubelet, pod| {
+        let mut config = container("a", &["/watch", "--watch", "/map", "..data"]);
+        config.mounts = vec![
+            mount("/map", &map, true),
+            mount("/watch", &base.join("watch"), true),
+        ];
+        let other = kubelet.start(pod, container("b", &["sleep", "1000"]))?;
+        let id = kubelet.start(pod, config)?;
+        // The watch is there once the log says so.
+        while !kubelet.log(pod, "a")?.contains("watching") {
+            kubelet.shell(&other, "sleep 0.2")?;
+        }
+        set_map(&map, "two")?;
+        let status = kubelet.stopped(&id)?;
+        let heard = kubelet.log(pod, "a")?;
+        ensure!(
+            status == 0,
+            "it ended with {status}, having heard {heard:?}"
+        );
+        let expected = [
+            "create two",
+            "create ..data_tmp",
+            "from ..data_tmp",
+            "to ..data",
+        ];
+        let mut lines = heard.lines();
+        for expected in expected {
+            let is_heard = lines.any(|line| line.ends_with(expected));
+            ensure!(is_heard, "not {expected:?} in its place, but {heard:?}");
+        }
+        Ok(())
+    });
+    fs::remove_dir_all(&base)?;
+    done
+}
+
 /// Sets a ConfigMap's one key as the kubelet does: a new directory, and a link that is replaced.
 pub(super) fn set_map(map: &Path, value: &str) -> Result<()> {
     fs::create_dir(map.join(value))?;
