@@ -111,10 +111,8 @@ fn contents_and_attributes_of_files_are_told_once_each() {
     let mut file = fs::File::create(&path).unwrap();
     for _ in 0..3 {
         file.write_all(b"x").unwrap();
-        file.set_permissions(fs::Permissions::from(
-            fs::metadata(&path).unwrap().permissions(),
-        ))
-        .unwrap();
+        file.set_permissions(fs::metadata(&path).unwrap().permissions())
+            .unwrap();
     }
     drop(file);
     assert_eq!(
