@@ -183,11 +183,11 @@ fn a_machine_without_virtual_cpus_is_refused() {
 fn more_devices_than_lines_are_refused() {
     let Some(kvm) = kvm() else { return };
     let mut config = config(kvm, POWER_OFF);
-    config.devices.resize_with(20, || Box::new(Idle));
+    config.devices.resize_with(33, || Box::new(Idle));
 
     assert!(matches!(
         Blueprint::build(config),
-        Err(BuildError::TooManyDevices { devices: 20 })
+        Err(BuildError::TooManyDevices { devices: 33 })
     ));
 }
 
