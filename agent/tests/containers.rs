@@ -24,6 +24,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
+#[path = "containers/execs.rs"]
+mod execs;
+#[path = "containers/limits.rs"]
+mod limits;
 #[path = "containers/spec.rs"]
 mod spec;
 
@@ -547,109 +551,6 @@ fn second_container_of_the_same_id_is_refused() {
 }
 
 #[test]
-fn exec_runs_in_the_container() {
-    let Some(fixture) = fixture() else { return };
-    fixture.run(async {
-        let container = fixture.container("entered");
-        container.sleep().await?;
-        let script = process(&[
-            "sh",
-            "-c",
-            "hostname; cat; cat /proc/self/cgroup | grep 0::; exit 5",
-        ]);
-        let (status, out) = container.exec("one", &script, b"in\n").await?;
-        assert_eq!((status, out.as_str()), (5, "tested\nin\n0::/\n"));
-        container.end().await?;
-        Ok(())
-    });
-}
-
-#[test]
-fn exec_of_a_missing_command_fails_at_start() {
-    let Some(fixture) = fixture() else { return };
-    fixture.run(async {
-        let container = fixture.container("misexec");
-        container.sleep().await?;
-        let error = container
-            .exec("bad", &process(&["nope"]), b"")
-            .await
-            .unwrap_err();
-        let text = r#"exec: "nope": executable file not found in $PATH"#;
-        assert_eq!(error.to_string(), text);
-        assert!(matches!(
-            fixture.sandbox.wait("misexec", "bad").await,
-            Err(SandboxError::NeverRan(_))
-        ));
-        fixture.sandbox.delete_process("misexec", "bad")?;
-        container.end().await?;
-        Ok(())
-    });
-}
-
-#[test]
-fn exec_in_an_ended_container_is_refused() {
-    let Some(fixture) = fixture() else { return };
-    fixture.run(async {
-        let container = fixture.container("ended");
-        container
-            .create(&fixture.spec(&["true"]), &Stdio::default())
-            .await?;
-        container.start().await?;
-        container.wait().await?;
-        let error = container
-            .exec("late", &process(&["true"]), b"")
-            .await
-            .unwrap_err();
-        assert!(matches!(
-            error.downcast()?,
-            SandboxError::ContainerStopped(_)
-        ));
-        container.delete().await
-    });
-}
-
-#[test]
-fn many_execs_leave_no_descriptor_behind() {
-    let Some(fixture) = fixture() else { return };
-    fixture.run(async {
-        let container = fixture.container("many");
-        container.sleep().await?;
-        for round in 0..50 {
-            let exec_id = format!("exec-{round}");
-            let (status, _) = container.exec(&exec_id, &process(&["true"]), b"").await?;
-            assert_eq!(status, 0);
-        }
-        assert_eq!(fixture.sandbox.container("many")?.processes()?.len(), 1);
-        container.end().await?;
-        Ok(())
-    });
-}
-
-#[test]
-fn processes_are_listed_with_their_exec_ids() {
-    let Some(fixture) = fixture() else { return };
-    fixture.run(async {
-        let container = fixture.container("listed");
-        container.sleep().await?;
-        let text = process(&["sh", "-c", "sleep 1000 & wait"]).to_string();
-        let sandbox = &fixture.sandbox;
-        sandbox.add_process("listed", "shell", text.as_bytes(), &Stdio::default())?;
-        sandbox.start("listed", "shell").await?;
-        let mut names: Vec<_> = sandbox
-            .container("listed")?
-            .processes()?
-            .into_iter()
-            .filter_map(|(_, name)| name)
-            .collect();
-        names.sort();
-        assert_eq!(names, ["", "shell"]);
-        container.end().await?;
-        assert!(sandbox.container("listed").is_err());
-        Ok(())
-    });
-}
-
-#[test]
 fn paused_container_stands_still() {
     let Some(fixture) = fixture() else { return };
     fixture.run(async {
@@ -713,62 +614,5 @@ fn stream_port_below_the_range_is_refused() {
             .unwrap_err();
         assert!(matches!(error, SandboxError::Stdio(_)));
         Ok(())
-    });
-}
-
-#[test]
-fn limits_are_seen_inside_the_guest() {
-    let Some(fixture) = fixture() else { return };
-    if !is_guest() {
-        eprintln!("SKIPPED: limits need a machine of our own");
-        return;
-    }
-    fixture.run(async {
-        let mut spec = fixture.spec(&[
-            "sh",
-            "-c",
-            "cd /cg; cat memory.max pids.max cpu.max; \
-            cat /dev/kmsg 2>&1 | head -1; touch made && echo rw; echo 1 > memory.max",
-        ]);
-        spec["linux"]["resources"] = json!({
-            "memory": {"limit": 64 << 20}, "pids": {"limit": 50},
-            "cpu": {"quota": 50000, "period": 100000, "shares": 512},
-            "devices": [{"allow": false, "access": "rwm"}]});
-        let mounts = spec["mounts"].as_array_mut().context("mounts")?;
-        mounts.push(
-            json!({"destination": "/cg", "type": "cgroup", "source": "cgroup",
-            "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}),
-        );
-        spec["linux"]["devices"] = json!([{"type": "c", "path": "/dev/kmsg", "major": 1,
-            "minor": 11}]);
-        let (_, out, err) = fixture.container("limited").run(&spec, b"").await?;
-        let expected = "67108864\n50\n50000 100000\n\
-            cat: can't open '/dev/kmsg': Operation not permitted\n";
-        assert_eq!(out, expected, "{err}");
-        Ok(())
-    });
-}
-
-#[test]
-fn out_of_memory_is_told() {
-    let Some(fixture) = fixture() else { return };
-    if !is_guest() {
-        eprintln!("SKIPPED: limits need a machine of our own");
-        return;
-    }
-    fixture.run(async {
-        let container = fixture.container("oom");
-        let mut spec = fixture.spec(&[
-            "sh",
-            "-c",
-            "x=$(cat /dev/zero | head -c 99999999 | tr '\\0' x)",
-        ]);
-        spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20}});
-        container.create(&spec, &Stdio::default()).await?;
-        let cgroup = fixture.sandbox.container("oom")?.cgroup.clone();
-        container.start().await?;
-        assert!(cgroup.oom_kills_above(0).await? > 0);
-        container.wait().await?;
-        container.delete().await
     });
 }

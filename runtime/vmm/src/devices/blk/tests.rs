@@ -347,17 +347,17 @@ fn disk_that_was_pulled_out_fails() {
     );
 }
 
+/// Plugs a disk of almost the usual kind into a device.
+fn plug_with(change: fn(&mut Geometry)) -> Result<Looks, DiskError> {
+    let mut geometry = geometry();
+    change(&mut geometry);
+    let (_device, socket) = BlkDevice::new();
+    socket.plug(tempfile::tempfile().unwrap().into(), geometry)
+}
+
 #[test]
 fn disks_that_can_not_be_are_refused() {
-    let plug = |change: fn(&mut Geometry)| {
-        let mut geometry = geometry();
-        change(&mut geometry);
-        let (_device, socket) = BlkDevice::new();
-        socket
-            .plug(tempfile::tempfile().unwrap().into(), geometry)
-            .unwrap_err()
-            .to_string()
-    };
+    let plug = |change| plug_with(change).unwrap_err().to_string();
 
     assert!(plug(|it| it.bytes = 0).contains("0 bytes"));
     assert!(plug(|it| it.bytes = 511).contains("511 bytes"));
@@ -457,14 +457,7 @@ fn serial_number_is_told_as_far_as_there_is_room() {
 
 #[test]
 fn looks_are_those_of_the_disk() {
-    let looks = |change: fn(&mut Geometry)| {
-        let mut geometry = geometry();
-        change(&mut geometry);
-        let (_device, socket) = BlkDevice::new();
-        socket
-            .plug(tempfile::tempfile().unwrap().into(), geometry)
-            .unwrap()
-    };
+    let looks = |change| plug_with(change).unwrap();
     let has = |looks: &Looks, bit: u32| looks.features & (1 << bit) != 0;
 
     let large = looks(|it| {
