@@ -4,8 +4,7 @@
 //! more, in the name of a group whose requests the host's file server says yes to without doing
 //! anything (see `husk_virtiofs`). The kernel then tells everybody in the guest who watches.
 //!
-//! What is not there any more, or is something else by now, is passed over: another change follows
-//! that says so.
+//! What is something else by now is passed over: another change follows that says so.
 
 use std::ffi::OsStr;
 use std::io;
@@ -82,7 +81,7 @@ struct Echoes {
 impl Echoes {
     fn repeat(&self, change: &Change) -> io::Result<()> {
         match change.kind.enum_value_or_default() {
-            Kind::MADE => self.make(&change.place),
+            Kind::MADE => self.make(&change.place, change.is_directory),
             Kind::REMOVED => self.remove(&change.place, change.is_directory),
             Kind::RENAMED => self.rename(change),
             Kind::WRITTEN => self.write(&change.place),
@@ -91,14 +90,22 @@ impl Echoes {
         }
     }
 
-    fn make(&self, place: &Place) -> io::Result<()> {
+    fn make(&self, place: &Place, is_directory: bool) -> io::Result<()> {
         let parent = self.directory(place)?;
         let name = name(place);
         // Looked at in passing: the kernel is not to know it yet.
         let look = || fs::statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW);
-        let stat = self.as_echo(Echo::Touched, look)?;
+        let kind = match self.as_echo(Echo::Touched, look) {
+            Ok(stat) => FileType::from_raw_mode(stat.st_mode),
+            // It has gone, or has another name by now; that it was made is told all the same.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match is_directory {
+                true => FileType::Directory,
+                false => FileType::RegularFile,
+            },
+            Err(error) => return Err(error),
+        };
         let mode = Mode::RUSR;
-        self.as_echo(Echo::Made, || match FileType::from_raw_mode(stat.st_mode) {
+        self.as_echo(Echo::Made, || match kind {
             FileType::Directory => fs::mkdirat(&parent, name, mode),
             FileType::Symlink => fs::symlinkat("x", &parent, name),
             kind => fs::mknodat(&parent, name, kind, mode, 0),
@@ -297,12 +304,15 @@ mod tests {
             change(Kind::CLOSED, "file"),
             change(Kind::ATTRIBUTES, "file"),
             change(Kind::RENAMED, "file"),
-            // Not there: passed over.
+            // Not there any more.
+            change(Kind::WRITTEN, "file"),
             change(Kind::MADE, "gone"),
         ];
         echo(here.path(), &request(GROUP_MIN, all)).unwrap();
         let renamed = here.path().join("sub/renamed");
         assert_eq!(std::fs::read(&renamed).unwrap(), b"contents");
+        let made = std::fs::metadata(here.path().join("sub/gone")).unwrap();
+        assert!(made.is_file() && made.gid() == GROUP_MIN);
         // And this thread is who it was.
         std::fs::write(here.path().join("mine"), "").unwrap();
         let mine = std::fs::metadata(here.path().join("mine")).unwrap();

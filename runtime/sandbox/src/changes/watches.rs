@@ -60,12 +60,6 @@ pub(super) struct Watches {
     paths: HashMap<i32, Vec<PathBuf>>,
 }
 
-/// Something that was found in a volume.
-#[derive(Debug)]
-struct Entry {
-    path: PathBuf,
-}
-
 /// Why a volume is not watched.
 #[derive(Debug, thiserror::Error)]
 enum WatchError {
@@ -111,12 +105,12 @@ impl Watches {
         }
     }
 
-    /// Watches what is at and below a path. Answers with what was found below.
-    fn add_or_leave(&mut self, path: &Path) -> Vec<Entry> {
+    /// Watches what is at and below a path. Answers with what was found below, as if made just now.
+    fn add_or_leave(&mut self, path: &Path) -> Vec<Change> {
         match self.add_tree(path) {
             Ok(found) => found,
             Err(error) => {
-                let volume: PathBuf = path.components().take(VOLUME_DEPTH).collect();
+                let volume = volume_of(path);
                 self.leave(&volume);
                 let error = crate::error::describe(&error);
                 tracing::info!(
@@ -129,8 +123,8 @@ impl Watches {
         }
     }
 
-    fn add_tree(&mut self, path: &Path) -> Result<Vec<Entry>, WatchError> {
-        let mut found: Vec<Entry> = Vec::new();
+    fn add_tree(&mut self, path: &Path) -> Result<Vec<Change>, WatchError> {
+        let mut found: Vec<Change> = Vec::new();
         let mut unread = vec![path.to_owned()];
         while let Some(path) = unread.pop() {
             let directory = match self.watch(&path) {
@@ -158,7 +152,10 @@ impl Watches {
                 if matches!(entry.file_type(), FileType::Directory | FileType::Unknown) {
                     unread.push(path.clone());
                 }
-                found.push(Entry { path });
+                found.push(Change {
+                    is_directory: entry.file_type() == FileType::Directory,
+                    ..change(Kind::MADE, &path)
+                });
             }
         }
         Ok(found)
@@ -189,7 +186,7 @@ impl Watches {
 
     /// How many paths of the same volume are watched.
     fn count_beside(&self, path: &Path) -> usize {
-        let volume: PathBuf = path.components().take(VOLUME_DEPTH).collect();
+        let volume = volume_of(path);
         let all = self.paths.values().flatten();
         all.filter(|path| path.starts_with(&volume)).count()
     }
@@ -266,15 +263,13 @@ impl Watches {
                 ..change(kind, &place)
             });
             if kind == Kind::MADE && event.is_directory() {
-                let found = self.add_or_leave(&place);
-                changes.extend(found.iter().map(|entry| change(Kind::MADE, &entry.path)));
+                changes.extend(self.add_or_leave(&place));
             }
         }
     }
 
     /// A name has become another one, or has left what is watched.
     fn moved(&mut self, from: &Event, to: Option<&Event>, changes: &mut Vec<Change>) {
-        let volume_of = |path: &Path| -> PathBuf { path.components().take(VOLUME_DEPTH).collect() };
         let mut new = to.map_or_else(Vec::new, |to| self.places(to));
         for old in self.places(from) {
             let is_directory = from.is_directory();
@@ -303,13 +298,13 @@ impl Watches {
                 }
             }
         }
-        if let (Some(to), false) = (to, new.is_empty()) {
-            for place in new {
-                changes.push(change(Kind::MADE, &place));
-                if to.is_directory() {
-                    let found = self.add_or_leave(&place);
-                    changes.extend(found.iter().map(|entry| change(Kind::MADE, &entry.path)));
-                }
+        for place in new {
+            changes.push(Change {
+                is_directory: from.is_directory(),
+                ..change(Kind::MADE, &place)
+            });
+            if from.is_directory() {
+                changes.extend(self.add_or_leave(&place));
             }
         }
     }
@@ -322,6 +317,11 @@ fn step(step: &'static str) -> impl Fn(Errno) -> WatchError {
         step,
         source: errno.into(),
     }
+}
+
+/// The volume that a path is in.
+fn volume_of(path: &Path) -> PathBuf {
+    path.components().take(VOLUME_DEPTH).collect()
 }
 
 fn is_volume(path: &Path) -> bool {
@@ -349,12 +349,12 @@ fn change(kind: Kind, path: &Path) -> Change {
 fn without_repeats(changes: Vec<Change>) -> Vec<Change> {
     let mut kept: Vec<Change> = Vec::new();
     for change in changes {
-        let is_repeat = |earlier: &&Change| **earlier == change;
+        let is_repeat = |earlier: &Change| *earlier == change;
         let same_file = kept
             .iter()
             .rev()
             .take_while(|earlier| earlier.place == change.place);
-        if same_file.take(REPEATS_MAX).find(is_repeat).is_none() {
+        if !same_file.take(REPEATS_MAX).any(is_repeat) {
             kept.push(change);
         }
     }

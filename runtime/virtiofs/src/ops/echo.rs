@@ -20,7 +20,7 @@ use crate::server::{Call, Server};
 /// What an echo repeats, by its group's distance from [`Options::echo_group`](crate::Options).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Echo {
-    /// Something was made: it isn't found until it is made again.
+    /// Something was made: it isn't found until it is made again, be it gone or not.
     Made,
     /// What is no directory was removed or renamed: it is found once more, to be removed or renamed.
     GoneFile,
@@ -33,6 +33,26 @@ pub(crate) enum Echo {
 /// Names of files that are found for an echo alone have this bit, which no other's has: numbers of
 /// inodes count from 1.
 const GHOST: u64 = 1 << 63;
+
+/// What would change something. An echo asks for none of it, but for what is answered differently.
+const CHANGES: [Opcode; 16] = [
+    Opcode::Setattr,
+    Opcode::Symlink,
+    Opcode::Mknod,
+    Opcode::Mkdir,
+    Opcode::Unlink,
+    Opcode::Rmdir,
+    Opcode::Rename,
+    Opcode::Rename2,
+    Opcode::Link,
+    Opcode::Create,
+    Opcode::Tmpfile,
+    Opcode::Write,
+    Opcode::Fallocate,
+    Opcode::CopyFileRange,
+    Opcode::Setxattr,
+    Opcode::Removexattr,
+];
 
 impl Echo {
     /// What a request is an echo of, if it is one.
@@ -57,12 +77,14 @@ impl Server {
     ) -> Option<Result<(), Errno>> {
         match (echo, opcode) {
             (Echo::Made, Opcode::Lookup) => Some(Err(Errno::NOENT)),
-            (Echo::Made, Opcode::Mkdir) => Some(self.found_after::<MkdirIn>(call)),
-            (Echo::Made, Opcode::Mknod) => Some(self.found_after::<MknodIn>(call)),
-            (Echo::Made, Opcode::Symlink) => Some(self.found_after::<[u8; 0]>(call)),
-            (Echo::GoneFile, Opcode::Lookup) => Some(self.find_gone(call, FileType::RegularFile)),
+            (Echo::Made, Opcode::Mkdir | Opcode::Mknod | Opcode::Symlink) => {
+                Some(self.find_made(call, opcode))
+            }
+            (Echo::GoneFile, Opcode::Lookup) => {
+                Some(self.find_or_pretend(call, FileType::RegularFile))
+            }
             (Echo::GoneDirectory, Opcode::Lookup) => {
-                Some(self.find_gone(call, FileType::Directory))
+                Some(self.find_or_pretend(call, FileType::Directory))
             }
             (
                 Echo::GoneFile | Echo::GoneDirectory,
@@ -70,25 +92,27 @@ impl Server {
             ) => Some(Ok(())),
             (Echo::Touched, Opcode::Lookup) => Some(self.find_briefly(call)),
             (Echo::Touched, Opcode::Setattr) => Some(self.attributes_as_they_are(call)),
-            (Echo::Touched, Opcode::Open) => Some(self.open_to_close(call)),
-            // Anything else in that group's name would be a change.
-            (_, Opcode::Create | Opcode::Tmpfile | Opcode::Link | Opcode::Write) => {
-                Some(Err(Errno::PERM))
-            }
+            (_, Opcode::Open) => Some(self.open_to_close(call)),
+            _ if CHANGES.contains(&opcode) => Some(Err(Errno::PERM)),
             _ => None,
         }
     }
 
     /// Answers a request that makes a file with the one that is there.
-    fn found_after<T: zerocopy::FromBytes>(&self, call: &mut Call<'_, '_>) -> Result<(), Errno> {
-        let _: T = call.arguments.take()?;
-        let parent = self.inodes.find(call.header.nodeid)?;
-        let name = call.arguments.take_name()?;
-        self.reply_new_entry(call, &parent, name)
+    fn find_made(&self, call: &mut Call<'_, '_>, opcode: Opcode) -> Result<(), Errno> {
+        let kind = match opcode {
+            Opcode::Mkdir => call
+                .arguments
+                .take::<MkdirIn>()
+                .map(|_| FileType::Directory)?,
+            Opcode::Mknod => FileType::from_raw_mode(call.arguments.take::<MknodIn>()?.mode),
+            _ => FileType::Symlink,
+        };
+        self.find_or_pretend(call, kind)
     }
 
-    /// Finds what has gone as a file that nothing can be done with but what is echoed.
-    fn find_gone(&self, call: &mut Call<'_, '_>, kind: FileType) -> Result<(), Errno> {
+    /// Finds what is there, or else a file that nothing can be done with but what is echoed.
+    fn find_or_pretend(&self, call: &mut Call<'_, '_>, kind: FileType) -> Result<(), Errno> {
         let parent = self.inodes.find(call.header.nodeid)?;
         let name = call.arguments.take_name()?;
         match self.reply_new_entry(call, &parent, name) {

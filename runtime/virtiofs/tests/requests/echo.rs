@@ -84,22 +84,58 @@ fn what_the_host_has_made_is_found_by_making_it() {
 }
 
 #[test]
-fn nothing_is_made_where_nothing_is() {
+fn what_is_gone_again_is_made_for_the_guest_alone() {
     with_echoes(|share, guest| {
-        guest.group = MADE;
-        for (opcode, request) in [
-            (MKNOD, arguments(16, &["x"])),
-            (MKDIR, arguments(8, &["x"])),
-            (SYMLINK, arguments(0, &["x", "y"])),
+        let mut mknod = 0o100_600_u32.to_ne_bytes().to_vec();
+        mknod.extend(arguments(12, &["x"]));
+        for (opcode, request, kind) in [
+            (MKNOD, mknod, 0o100_000),
+            (MKDIR, arguments(8, &["x"]), 0o040_000),
+            (SYMLINK, arguments(0, &["x", "y"]), 0o120_000),
         ] {
-            assert_eq!(guest.call(opcode, ROOT, &request), Err(libc::ENOENT));
-        }
-        for group in [MADE, GONE_FILE, GONE_DIRECTORY, TOUCHED] {
-            guest.group = group;
-            let create = guest.call(CREATE, ROOT, &arguments(16, &["x"]));
-            assert_eq!(create, Err(libc::EPERM));
+            guest.group = MADE;
+            let reply = guest.call(opcode, ROOT, &request).unwrap();
+            let (made, mode) = entry(&reply);
+            assert_eq!(mode & 0o170_000, kind);
+            // For no time.
+            assert_eq!((u64_at(&reply, 16), u32_at(&reply, 32)), (0, 0));
+            assert_eq!(guest.inode_number(made), Err(libc::ESTALE));
+            guest.group = 0;
+            assert_eq!(guest.lookup(ROOT, "x"), Err(libc::ENOENT));
         }
         assert!(names_in(share).is_empty());
+    });
+}
+
+#[test]
+fn what_no_echo_asks_for_is_refused() {
+    with_echoes(|share, guest| {
+        fs::write(share.join("file"), "contents").unwrap();
+        fs::create_dir(share.join("directory")).unwrap();
+        let file = guest.lookup(ROOT, "file").unwrap();
+        for (group, opcode, node, request) in [
+            (MADE, CREATE, ROOT, arguments(16, &["x"])),
+            (GONE_FILE, CREATE, ROOT, arguments(16, &["x"])),
+            (GONE_FILE, MKDIR, ROOT, arguments(8, &["x"])),
+            (GONE_DIRECTORY, MKNOD, ROOT, arguments(16, &["x"])),
+            (TOUCHED, SYMLINK, ROOT, arguments(0, &["x", "y"])),
+            (TOUCHED, UNLINK, ROOT, arguments(0, &["file"])),
+            (MADE, RMDIR, ROOT, arguments(0, &["directory"])),
+            (MADE, SETATTR, file, arguments(88, &[])),
+            (GONE_FILE, SETATTR, file, arguments(88, &[])),
+        ] {
+            guest.group = group;
+            let refused = guest.call(opcode, node, &request);
+            assert_eq!(refused, Err(libc::EPERM), "{group:x} {opcode}");
+        }
+        let mut flags = (libc::O_WRONLY | libc::O_TRUNC).to_ne_bytes().to_vec();
+        flags.resize(8, 0);
+        for group in [MADE, GONE_FILE, GONE_DIRECTORY] {
+            guest.group = group;
+            guest.call(OPEN, file, &flags).unwrap();
+        }
+        assert_eq!(names_in(share), ["directory", "file"]);
+        assert_eq!(fs::read(share.join("file")).unwrap(), b"contents");
     });
 }
 

@@ -157,7 +157,7 @@ fn names_that_come_and_go_are_made_and_removed() {
         share.changes(),
         [
             "REMOVED c1/mounts/0/sub/",
-            "MADE c1/mounts/1/sub",
+            "MADE c1/mounts/1/sub/",
             "MADE c1/mounts/1/sub/file"
         ]
     );
