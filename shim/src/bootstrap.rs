@@ -17,6 +17,7 @@ use std::time::SystemTime;
 use anyhow::{Context, bail};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use husk_sandbox::{STATE_DIR_ROOT, monotonic_us};
 use serde_json::Value;
@@ -34,6 +35,13 @@ const ADDRESS_FILE: &str = "address";
 
 /// The environment variable that names containerd's ttrpc socket.
 pub(crate) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+
+/// What of the OCI runtime specification there is (runtime-spec, features.md). containerd looks here for
+/// `rro`, before it promises mounts that are read-only to their depth, and for mapped ids.
+const FEATURES: &str = include_str!("features.json");
+
+/// The name under which containerd knows a value of that kind.
+const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// What a process that was killed by the machine's end is said to have ended with.
 const STATUS_KILLED: u32 = 137;
@@ -104,6 +112,12 @@ pub(crate) fn info() -> anyhow::Result<()> {
     let mut info = RuntimeInfo::new();
     info.name = "io.containerd.husk.v2".to_owned();
     info.version = Some(version).into();
+    info.features = Some(Any {
+        type_url: FEATURES_TYPE.to_owned(),
+        value: FEATURES.into(),
+        ..Any::default()
+    })
+    .into();
     print(&info)
 }
 
@@ -255,6 +269,18 @@ mod tests {
         }
         fs::write(&config, "{").unwrap();
         assert!(pod_of(bundle.path(), "c1").is_err());
+    }
+
+    #[test]
+    fn features_are_the_specifications() {
+        let features: oci_spec::runtime::Features = serde_json::from_str(FEATURES).unwrap();
+        let options = features.mount_options().as_ref().unwrap();
+        assert!(options.is_sorted(), "{options:?}");
+        assert!(options.iter().any(|option| option == "rro"));
+        let linux = features.linux().as_ref().unwrap();
+        let extensions = linux.mount_extensions().as_ref().unwrap();
+        let idmap = extensions.idmap().as_ref().unwrap();
+        assert_eq!(idmap.enabled(), &Some(false));
     }
 
     #[test]

@@ -93,6 +93,8 @@ async fn serve_pod(arguments: Arguments, served_us: u64) -> anyhow::Result<()> {
     server.start().await.context("cannot serve")?;
 
     let mut terminate = signal(SignalKind::terminate()).context("cannot await SIGTERM")?;
+    let unused = service.clone();
+    tokio::spawn(async move { unused.end_if_unused().await });
     tokio::select! {
         () = service.ended() => {}
         _ = terminate.recv() => service.shutdown(true).await,

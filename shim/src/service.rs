@@ -43,6 +43,10 @@ const HOST_PIDS_MAX: u32 = 4 * 1024 * 1024;
 /// How long init's exit waits for what ends with it: execs, and the watch over its memory.
 const INIT_END_DEADLINE: Duration = Duration::from_secs(10);
 
+/// How long this process waits for its first task. Who started it asks at once, or has gone: not every
+/// containerd buries a shim that it finds unfit for a task (2.1, where the runtime lacks a feature).
+const FIRST_TASK_DEADLINE: Duration = Duration::from_secs(60);
+
 /// Most OOM events of one container: a guest can claim any number of kills.
 const OOM_EVENTS_MAX: u32 = 1024;
 
@@ -468,6 +472,15 @@ impl<M: PodMaker + 'static> Service<M> {
             pod.shutdown().await;
         }
         self.ended.send_replace(true);
+    }
+
+    /// Ends this process if nobody asks for a task in time.
+    pub(crate) async fn end_if_unused(&self) {
+        tokio::time::sleep(FIRST_TASK_DEADLINE).await;
+        if self.tasks().is_empty() {
+            tracing::warn!("nobody has asked for a task within {FIRST_TASK_DEADLINE:?}: ending");
+            self.shutdown(false).await;
+        }
     }
 
     /// Answers when `shutdown` has done its work.

@@ -226,6 +226,19 @@ async fn unknown_names_are_not_found() {
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn server_that_is_asked_for_nothing_ends() {
+    let unused = Fixture::new();
+    unused.service.end_if_unused().await;
+    unused.service.ended().await;
+    assert_eq!(code(unused.create("t1").await), Code::UNAVAILABLE);
+
+    let used = Fixture::new();
+    used.create("t1").await.unwrap();
+    used.service.end_if_unused().await;
+    used.create("t2").await.unwrap();
+}
+
 #[tokio::test]
 async fn failed_create_leaves_no_task_and_no_event() {
     let mut fixture = Fixture::new();

@@ -147,6 +147,7 @@ impl Selection {
             for scenario in list::ALL {
                 let is_asked_for = is_named(scenario.name)
                     && scenario.tier <= self.tier
+                    && scenario.is_for(&self.version)
                     && !self.skipped.iter().any(|name| name == scenario.name);
                 if is_asked_for && (!scenario.is_husk_only || runtime.contains("husk")) {
                     chosen.push((runtime.as_str(), scenario));

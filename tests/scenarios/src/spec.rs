@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::ctr::{Ctr, Ended, finish};
@@ -170,19 +170,25 @@ impl<'a> Bundle<'a> {
 
     /// The container must not come to be, and the answer must hold these words.
     pub(crate) fn refused(&self, words: &[&str]) -> Result<()> {
-        let ended = self.run()?;
-        if ended.status == 0 {
-            bail!("it ran, which must be refused with {words:?}");
-        }
-        let text = ended.stderr.to_lowercase();
+        let refusal = self
+            .refusal()
+            .with_context(|| format!("must be refused with {words:?}"))?;
+        let text = refusal.to_lowercase();
         let missing: Vec<_> = words
             .iter()
             .filter(|word| !text.contains(&word.to_lowercase()))
             .collect();
+        ensure!(missing.is_empty(), "without {missing:?}: {refusal}");
+        Ok(())
+    }
+
+    /// How a container is refused that must not come to be.
+    pub(crate) fn refusal(&self) -> Result<String> {
+        let ended = self.run()?;
+        ensure!(ended.status != 0, "it ran");
         // A container that was refused is known to containerd all the same.
         self.ctr.bury();
-        ensure!(missing.is_empty(), "without {missing:?}: {}", ended.stderr);
-        Ok(())
+        Ok(ended.stderr)
     }
 }
 

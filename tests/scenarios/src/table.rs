@@ -127,6 +127,7 @@ pub(crate) fn markdown(lines: &[Line]) -> String {
                 Some(Outcome::PassedAgain) => "passed at a second try",
                 Some(Outcome::Failed(_)) => "**failed**",
                 None if scenario.is_husk_only && *runtime != "husk" => "",
+                None if !scenario.is_for(version) => "",
                 None => "–",
             };
             let _ = write!(table, " {cell} |");

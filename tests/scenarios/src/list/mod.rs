@@ -38,7 +38,16 @@ pub(crate) struct Scenario {
     pub(crate) is_husk_only: bool,
     /// When it runs.
     pub(crate) tier: Tier,
+    /// The oldest containerd that can do its part.
+    since: Version,
 }
+
+/// Major and minor number.
+type Version = (u32, u32);
+
+/// The first with the CRI v1 calls that the kubelet's client makes (GetContainerEvents), and with a `ctr`
+/// that passes on all of a spec's process.
+const CONTAINERD_1_7: Version = (1, 7);
 
 /// How often a scenario is worth its time. A run of one tier has those before it as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,6 +82,21 @@ impl Scenario {
         self.tier = Tier::Full;
         self
     }
+
+    const fn since(mut self, version: Version) -> Self {
+        self.since = version;
+        self
+    }
+
+    /// Whether a containerd of that version, as the testbed names it, can do its part. One that is not
+    /// named is a new one.
+    pub(crate) fn is_for(&self, containerd: &str) -> bool {
+        let number = |text: &str| text.parse::<u32>().ok();
+        let version = containerd
+            .split_once('.')
+            .and_then(|(major, minor)| Some((number(major)?, number(minor)?)));
+        version.is_none_or(|version| version >= self.since)
+    }
 }
 
 const fn both(name: &'static str, run: fn(&mut Ctr) -> Result<()>) -> Scenario {
@@ -81,7 +105,17 @@ const fn both(name: &'static str, run: fn(&mut Ctr) -> Result<()>) -> Scenario {
         run,
         is_husk_only: false,
         tier: Tier::Whole,
+        since: (0, 0),
     }
+}
+
+/// One that needs CRI.
+const fn both_pods(name: &'static str, run: fn(&mut Ctr) -> Result<()>) -> Scenario {
+    both(name, run).since(CONTAINERD_1_7)
+}
+
+const fn husk_pods(name: &'static str, run: fn(&mut Ctr) -> Result<()>) -> Scenario {
+    husk(name, run).since(CONTAINERD_1_7)
 }
 
 const fn husk(name: &'static str, run: fn(&mut Ctr) -> Result<()>) -> Scenario {
@@ -150,7 +184,8 @@ pub(crate) const ALL: &[Scenario] = &[
     both("exec_as_another", |ctr| spec_process::exec_as_another(ctr)),
     husk("process_of_the_newest_spec", |ctr| {
         spec_process::process_of_the_newest_spec(ctr)
-    }),
+    })
+    .since(CONTAINERD_1_7),
     both("roots_anywhere", |ctr| spec_roots::roots_anywhere(ctr)),
     both("user_namespace", |ctr| spec_roots::user_namespace(ctr)),
     both("volume_follows_mounts", |ctr| {
@@ -158,7 +193,8 @@ pub(crate) const ALL: &[Scenario] = &[
     }),
     husk("process_that_can_not_be", |ctr| {
         spec_process::process_that_can_not_be(ctr)
-    }),
+    })
+    .since(CONTAINERD_1_7),
     both("bind_mounts", |ctr| spec_mounts::bind_mounts(ctr)),
     both("other_mounts", |ctr| spec_mounts::other_mounts(ctr)),
     both("devices", |ctr| spec_mounts::devices(ctr)),
@@ -210,32 +246,32 @@ pub(crate) const ALL: &[Scenario] = &[
         faults::containerd_killed_while_starting(ctr)
     })
     .core(),
-    both("pods_two_containers", |ctr| pods::two_containers(ctr)),
-    both("pods_shared_processes", |ctr| pods::shared_processes(ctr)),
-    husk("pods_orphans", |ctr| orphans::pods_orphans(ctr)),
-    both("pods_streams", |ctr| pods::streams(ctr)),
-    both("pods_volumes", |ctr| pods::volumes(ctr)),
-    both("pods_volume_changes_heard", |ctr| {
+    both_pods("pods_two_containers", |ctr| pods::two_containers(ctr)),
+    both_pods("pods_shared_processes", |ctr| pods::shared_processes(ctr)),
+    husk_pods("pods_orphans", |ctr| orphans::pods_orphans(ctr)),
+    both_pods("pods_streams", |ctr| pods::streams(ctr)),
+    both_pods("pods_volumes", |ctr| pods::volumes(ctr)),
+    both_pods("pods_volume_changes_heard", |ctr| {
         pods::volume_changes_heard(ctr)
     }),
-    both("pods_ports_forwarded", |ctr| {
+    both_pods("pods_ports_forwarded", |ctr| {
         pods_network::ports_forwarded(ctr)
     }),
-    both("pods_whole_life", |ctr| pods_whole::whole_life(ctr)),
-    both("pods_unprivileged_ping", |ctr| {
+    both_pods("pods_whole_life", |ctr| pods_whole::whole_life(ctr)),
+    both_pods("pods_unprivileged_ping", |ctr| {
         pods_whole::unprivileged_ping(ctr)
     }),
-    husk("pods_at_once", |ctr| pods_many::at_once(ctr)).full(),
-    husk("pods_killed_at_each_step", |ctr| {
+    husk_pods("pods_at_once", |ctr| pods_many::at_once(ctr)).full(),
+    husk_pods("pods_killed_at_each_step", |ctr| {
         pods_many::killed_at_each_step(ctr)
     })
     .full(),
-    husk("pods_machine_size", |ctr| pods::machine_size(ctr)),
-    husk("pods_of_the_host", |ctr| pods::of_the_host(ctr)),
-    both("pods_without_containerd", |ctr| {
+    husk_pods("pods_machine_size", |ctr| pods::machine_size(ctr)),
+    husk_pods("pods_of_the_host", |ctr| pods::of_the_host(ctr)),
+    both_pods("pods_without_containerd", |ctr| {
         pods::without_containerd(ctr)
     }),
-    husk("pods_killed", |ctr| pods::killed(ctr)),
+    husk_pods("pods_killed", |ctr| pods::killed(ctr)),
     both("bridge_of_two_pods", |ctr| network::bridge_of_two_pods(ctr)),
     both("ipv6_only", |ctr| network::ipv6_only(ctr)),
     both("changes_of_a_namespace", |ctr| {
@@ -255,3 +291,18 @@ pub(crate) const ALL: &[Scenario] = &[
         embedded::without_containerd(ctr)
     }),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scenario_is_for_its_version_and_newer_ones() {
+        let pods = husk_pods("pods", |_| Ok(()));
+        assert!(!pods.is_for("1.6"));
+        for version in ["1.7", "1.10", "2.1", ""] {
+            assert!(pods.is_for(version), "{version:?}");
+        }
+        assert!(husk("any", |_| Ok(())).is_for("1.6"));
+    }
+}
