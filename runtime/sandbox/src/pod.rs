@@ -3,7 +3,7 @@
 use std::path::{Component, Path, PathBuf};
 
 use husk_vmm_control::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, VCPUS_MAX};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxNamespaceType, LinuxResources, Spec};
 
 use crate::cgroup::CGROUP_ROOT;
 use crate::spec::{self, SpecError};
@@ -67,33 +67,75 @@ impl PodRequest {
     }
 }
 
-/// The pod's limit, rounded up to whole CPUs, of which there are no more than the host has.
+/// The pod's limit, rounded up to whole CPUs, of which there are no more than the host has. A
+/// container that is a pod of its own has at least the default, as its limit holds in the guest.
 fn vcpus(spec: &Spec, settings: &VmSettings) -> Result<u8, SpecError> {
-    let quota = number(spec, SANDBOX_CPU_QUOTA)?.filter(|quota| *quota > 0);
-    let period = number(spec, SANDBOX_CPU_PERIOD)?.filter(|period| *period > 0);
-    let (Some(quota), Some(period)) = (quota, period) else {
+    let (quota, period, least) = match Role::of(spec) {
+        Role::Alone => {
+            let cpu = resources(spec).and_then(|all| all.cpu().as_ref());
+            let quota = cpu.and_then(LinuxCpu::quota);
+            let period = cpu.and_then(LinuxCpu::period).unwrap_or(DEFAULT_PERIOD);
+            (quota, i64::try_from(period).ok(), settings.vcpus)
+        }
+        Role::Sandbox | Role::Member => (
+            number(spec, SANDBOX_CPU_QUOTA)?,
+            number(spec, SANDBOX_CPU_PERIOD)?,
+            1,
+        ),
+    };
+    let quota = quota.filter(|quota| *quota > 0);
+    let (Some(quota), Some(period)) = (quota, period.filter(|period| *period > 0)) else {
         return Ok(settings.vcpus);
     };
     let host = std::thread::available_parallelism().map_or(1, usize::from);
     let most = u64::from(VCPUS_MAX).min(u64::try_from(host).unwrap_or(u64::MAX));
     let wanted = quota.unsigned_abs().div_ceil(period.unsigned_abs());
-    Ok(u8::try_from(wanted.clamp(1, most)).unwrap_or(VCPUS_MAX))
+    let wanted = u8::try_from(wanted.clamp(1, most)).unwrap_or(VCPUS_MAX);
+    Ok(wanted.max(least))
 }
 
-/// The pod's limit, and what the guest needs for itself.
+/// The pod's limit, and what the guest needs for itself. For a container that is a pod of its own, which
+/// may be limited to more than there is, no more than the host has, and no less than the default.
 fn memory_mib(spec: &Spec, settings: &VmSettings) -> Result<u32, SpecError> {
+    let default = settings.memory_mib;
+    if Role::of(spec) == Role::Alone {
+        let memory = resources(spec).and_then(|all| all.memory().as_ref());
+        return Ok(match memory.and_then(LinuxMemory::limit) {
+            Some(limit) if limit > 0 => {
+                let most = host_memory_mib().min(MEMORY_MIB_MAX).max(default);
+                with_overhead(limit, settings).map_or(most, |wanted| wanted.clamp(default, most))
+            }
+            _ => default,
+        });
+    }
     let Some(limit) = number(spec, SANDBOX_MEMORY)?.filter(|limit| *limit > 0) else {
-        return Ok(settings.memory_mib);
+        return Ok(default);
     };
-    let limit = limit.unsigned_abs().div_ceil(MIB);
-    let wanted = limit.saturating_add(settings.overhead_mib.into());
-    match u32::try_from(wanted) {
-        Ok(wanted) if wanted <= MEMORY_MIB_MAX => Ok(wanted.max(MEMORY_MIB_MIN)),
+    match with_overhead(limit, settings) {
+        Some(wanted) if wanted <= MEMORY_MIB_MAX => Ok(wanted.max(MEMORY_MIB_MIN)),
         _ => Err(SpecError::Unsupported {
-            what: format!("annotation {SANDBOX_MEMORY}: {limit} MiB"),
+            what: format!("annotation {SANDBOX_MEMORY}: {limit} bytes"),
             reason: "a virtual machine can't have so much memory",
         }),
     }
+}
+
+/// A positive limit in bytes, in MiB and with what the guest needs for itself; none if no number of MiB
+/// is as high.
+fn with_overhead(limit: i64, settings: &VmSettings) -> Option<u32> {
+    let limit = limit.unsigned_abs().div_ceil(MIB);
+    u32::try_from(limit.saturating_add(settings.overhead_mib.into())).ok()
+}
+
+/// The host's memory (sysinfo(2)).
+fn host_memory_mib() -> u32 {
+    let info = rustix::system::sysinfo();
+    let bytes = u64::from(info.mem_unit).saturating_mul(info.totalram);
+    u32::try_from(bytes / MIB).unwrap_or(u32::MAX)
+}
+
+fn resources(spec: &Spec) -> Option<&LinuxResources> {
+    spec.linux().as_ref()?.resources().as_ref()
 }
 
 /// The cgroup in which the pod's containers have theirs: what is above `linux.cgroupsPath`. That is
@@ -178,6 +220,9 @@ const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// In bytes.
 const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
+/// The kernel's, in microseconds, where a quota comes without one.
+const DEFAULT_PERIOD: u64 = 100_000;
+
 const MIB: u64 = 1024 * 1024;
 
 #[cfg(test)]
@@ -187,7 +232,11 @@ mod tests {
     use super::*;
 
     fn spec(annotations: &Value, cgroups_path: &str) -> Spec {
-        let spec = json!({
+        serde_json::from_value(spec_json(annotations, cgroups_path)).unwrap()
+    }
+
+    fn spec_json(annotations: &Value, cgroups_path: &str) -> Value {
+        json!({
             "ociVersion": "1.1.0",
             "annotations": annotations,
             "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/" },
@@ -199,12 +248,50 @@ mod tests {
                     { "type": "network", "path": "/run/netns/x" },
                 ],
             },
-        });
-        serde_json::from_value(spec).unwrap()
+        })
     }
 
+    /// A pod of CRI's.
     fn request(annotations: &Value) -> Result<PodRequest, SpecError> {
-        PodRequest::of(&spec(annotations, ""), &VmSettings::default())
+        let mut annotations = annotations.clone();
+        annotations[CONTAINER_TYPE[0]] = "sandbox".into();
+        PodRequest::of(&spec(&annotations, ""), &VmSettings::default())
+    }
+
+    /// A container alone, with resources of its own.
+    fn alone(resources: &Value) -> PodRequest {
+        let mut spec = spec_json(&json!({}), "");
+        spec["linux"]["resources"] = resources.clone();
+        let spec = serde_json::from_value(spec).unwrap();
+        PodRequest::of(&spec, &VmSettings::default()).unwrap()
+    }
+
+    #[test]
+    fn limit_of_a_container_alone_fits_in_its_machine() {
+        let VmSettings {
+            vcpus,
+            memory_mib,
+            overhead_mib,
+            ..
+        } = VmSettings::default();
+        let of_memory = |limit: i64| alone(&json!({ "memory": { "limit": limit } })).memory_mib;
+        for limit in [-1, 0, 1, 32 << 20] {
+            assert_eq!(of_memory(limit), memory_mib, "{limit}");
+        }
+        assert_eq!(of_memory(300 << 20), 300 + overhead_mib);
+        let most = host_memory_mib();
+        assert!(most > 300 + overhead_mib, "this host is too small");
+        for limit in [1 << 50, i64::MAX] {
+            assert_eq!(of_memory(limit), most.min(MEMORY_MIB_MAX), "{limit}");
+        }
+        assert_eq!(alone(&json!({})).memory_mib, memory_mib);
+
+        let host = std::thread::available_parallelism().unwrap().get();
+        let of_cpu = |cpu: Value| usize::from(alone(&json!({ "cpu": cpu })).vcpus);
+        assert_eq!(of_cpu(json!({ "quota": 1000 })), usize::from(vcpus));
+        assert_eq!(of_cpu(json!({ "quota": -1 })), usize::from(vcpus));
+        assert_eq!(of_cpu(json!({ "quota": 150_000 })), host.min(2));
+        assert_eq!(of_cpu(json!({ "quota": 20, "period": 10 })), host.min(2));
     }
 
     #[test]

@@ -76,6 +76,10 @@ pub(super) fn what_a_container_sees(ctr: &Ctr) -> Result<()> {
     if ctr.is_husk() {
         ensure!(memory_kib <= 1 << 20, "{memory_kib} KiB are not the pod's");
     }
+    // What the limit lets it have is there, more than a machine has by default.
+    let limit = (320 << 20).to_string();
+    let copy = ["dd", "if=/dev/zero", "of=/dev/null", "bs=290M", "count=1"];
+    ctr.run(&["--memory-limit", &limit], &copy)?.success()?;
     let host = rustix::fs::statvfs("/var/lib/containerd")?;
     let host_kib = host.f_blocks * host.f_frsize / 1024;
     ensure!(
