@@ -36,6 +36,7 @@ pub(super) fn spec_limits(ctr: &Ctr) -> Result<()> {
         "memory": { "limit": 67_108_864, "swap": 100_663_296, "reservation": 16_777_216,
                     "checkBeforeUpdate": true },
         "pids": { "limit": 77 },
+        "blockIO": { "weight": 500 },
         "hugepageLimits": [{ "pageSize": "2MB", "limit": 4_194_304 }],
         "network": { "classID": 1_048_577, "priorities": [{ "name": "lo", "priority": 500 }] },
         "unified": { "memory.high": "50331648", "pids.max": "78" },
@@ -53,6 +54,8 @@ pub(super) fn spec_limits(ctr: &Ctr) -> Result<()> {
         ("pids.max", "78"),
         ("memory.high", "50331648"),
         ("hugetlb.2MB.max", "4194304"),
+        // 10 to 1000 become 1 to 10000.
+        ("io.weight", "default 4950"),
     ]
     .map(|(file, expected)| (file, value(file), expected));
     let mut checks: Vec<_> = files

@@ -36,10 +36,12 @@ pub(super) fn process_as_asked_for(ctr: &Ctr) -> Result<()> {
     });
     // The working directory is made before the root becomes read-only.
     bundle.spec["root"]["readonly"] = true.into();
+    bundle.spec["hostname"] = "asked-for.example".into();
     bundle.check(&PROCESS_AS_ASKED_FOR)
 }
 
-const PROCESS_AS_ASKED_FOR: [Check<'static>; 10] = [
+const PROCESS_AS_ASKED_FOR: [Check<'static>; 11] = [
+    ("hostname", "hostname", "asked-for.example"),
     ("user", "id -u; id -g; id -G", "1000\n1001\n1001 5 2000"),
     ("umask", "umask", "0027"),
     ("cwd", "pwd", "/made/runtime"),
