@@ -5,16 +5,16 @@
 //! there too many. What containers change themselves is left alone: a later call changes only what
 //! an earlier one has made.
 
-mod slots;
-
+use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::path::Path;
 
 use husk_netlink::{Address, Connection, Hop, Link, LinkChange, Mac, Neighbour, Route};
 use husk_protocol::messages as m;
 use rustix::io::Errno;
 
-use self::slots::Slots;
+use crate::slots::Slots;
 
 /// The interface that every guest has.
 const LOOPBACK_NAME: &str = "lo";
@@ -61,13 +61,18 @@ struct WantedLink {
 }
 
 impl Network {
-    /// Makes the network look as said.
-    pub fn configure(&mut self, request: &m::ConfigureNetworkRequest) -> Result<(), NetworkError> {
+    /// Makes the network look as said. The machine has so many slots for disks.
+    pub fn configure(
+        &mut self,
+        request: &m::ConfigureNetworkRequest,
+        disks: usize,
+    ) -> Result<(), NetworkError> {
         let mut connection =
             Connection::open().map_err(step(|| "open a netlink socket".to_owned()))?;
         let slots = match self.slots.take() {
             Some(slots) => slots,
-            None => Slots::find().map_err(step(|| "look for network devices".to_owned()))?,
+            None => Slots::of_interfaces(disks)
+                .map_err(step(|| "look for network devices".to_owned()))?,
         };
         let devices = drive(self.slots.insert(slots), request)?;
         let links = list(&mut connection)?;
@@ -176,12 +181,22 @@ fn drive(
         request.interfaces.iter().any(wanted)
     };
     let drive = |slot| match is_wanted(slot) {
-        true => slots.drive(slot).map(Some),
+        true => slots
+            .drive(slot)
+            .and_then(|shown| index_of(&shown))
+            .map(Some),
         false => slots.let_go(slot).map(|()| None),
     };
     (0..slots.count())
         .map(|slot| drive(slot).map_err(step(|| format!("switch network device {slot}"))))
         .collect()
+}
+
+/// The index of an interface that the kernel shows in a directory.
+fn index_of(shown: &Path) -> io::Result<u32> {
+    let index = fs::read_to_string(shown.join("ifindex"))?;
+    let index = index.trim().parse();
+    index.map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Gives the interfaces that are to be renamed names that none of them is to have.

@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::future::Future;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -15,6 +16,7 @@ use ttrpc::{Code, get_status};
 
 use crate::cgroup::CgroupError;
 use crate::container::lock;
+use crate::disks::{self, DiskError};
 use crate::echo::{EchoError, echo};
 use crate::forward::ForwardError;
 use crate::guest::{self, Times};
@@ -30,6 +32,8 @@ use crate::sys;
 pub struct Service {
     sandbox: Arc<Sandbox>,
     network: Mutex<Network>,
+    /// How many of the machine's devices are slots for disks.
+    disk_slots: AtomicU32,
     times: Times,
 }
 
@@ -39,8 +43,30 @@ impl Service {
         Service {
             sandbox,
             network: Mutex::default(),
+            disk_slots: AtomicU32::new(0),
             times,
         }
+    }
+
+    fn disk_slots(&self) -> usize {
+        to_usize(self.disk_slots.load(Ordering::Relaxed))
+    }
+
+    /// Does something with a disk beside everything else: the kernel waits for the host's.
+    async fn with_disks<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(usize) -> Result<T, DiskError> + Send + 'static,
+    ) -> ttrpc::Result<T> {
+        let slots = self.disk_slots();
+        let done = tokio::task::spawn_blocking(move || work(slots)).await;
+        let done = done.map_err(|error| status(Code::INTERNAL, &error.to_string()))?;
+        done.map_err(|error| {
+            let code = match error {
+                DiskError::NoSlot { .. } => Code::INVALID_ARGUMENT,
+                DiskError::Step { .. } => Code::INTERNAL,
+            };
+            status(code, &chain(&error))
+        })
     }
 }
 
@@ -124,6 +150,10 @@ fn internal(what: &str) -> impl FnOnce(std::io::Error) -> ttrpc::Error {
     move |error| status(Code::INTERNAL, &format!("cannot {what}: {error}"))
 }
 
+fn to_usize(number: u32) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
 fn unsigned(pid: i32) -> u32 {
     pid.unsigned_abs()
 }
@@ -149,6 +179,8 @@ impl Agent for Service {
             rustix::system::sethostname(request.hostname.as_bytes())
                 .map_err(|error| internal("set the hostname")(error.into()))?;
         }
+        let slots = request.disk_slots;
+        self.disk_slots.store(slots, Ordering::Relaxed);
         let uname = rustix::system::uname();
         Ok(m::HelloResponse {
             protocol_version: PROTOCOL_VERSION,
@@ -191,7 +223,7 @@ impl Agent for Service {
         request: m::ConfigureNetworkRequest,
     ) -> ttrpc::Result<m::ConfigureNetworkResponse> {
         // The kernel answers at once, so nobody waits for this.
-        let configured = lock(&self.network).configure(&request);
+        let configured = lock(&self.network).configure(&request, self.disk_slots());
         configured.map_err(|error| {
             let code = match error {
                 NetworkError::Invalid(_) => Code::INVALID_ARGUMENT,
@@ -200,6 +232,31 @@ impl Agent for Service {
             status(code, &chain(&error))
         })?;
         Ok(m::ConfigureNetworkResponse::default())
+    }
+
+    async fn attach_disk(
+        &self,
+        _: &TtrpcContext,
+        request: m::AttachDiskRequest,
+    ) -> ttrpc::Result<m::AttachDiskResponse> {
+        let attach = move |slots| disks::attach(slots, to_usize(request.slot));
+        let disk = self.with_disks(attach).await?;
+        Ok(m::AttachDiskResponse {
+            major: disk.major,
+            minor: disk.minor,
+            node: disk.node.to_string_lossy().into_owned(),
+            ..Default::default()
+        })
+    }
+
+    async fn detach_disk(
+        &self,
+        _: &TtrpcContext,
+        request: m::DetachDiskRequest,
+    ) -> ttrpc::Result<m::DetachDiskResponse> {
+        let detach = move |slots| disks::detach(slots, to_usize(request.slot));
+        self.with_disks(detach).await?;
+        Ok(m::DetachDiskResponse::default())
     }
 
     async fn forward_port(

@@ -4,7 +4,7 @@
 //! up and serves [`service`] on that connection.
 
 /// Version of the protocol. A host refuses an agent that answers another one.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// vsock port on the host (CID 2) that the agent connects to.
 pub const AGENT_PORT: u32 = 1024;
