@@ -8,6 +8,7 @@
 
 mod console;
 mod copy;
+mod disks;
 mod hooks;
 mod idmap;
 mod mounts;
@@ -90,18 +91,31 @@ fn run(channel: BorrowedFd<'_>) -> Step {
         "the launch stage forks and must have one thread"
     );
     let (plan, streams) = take_plan(channel)?;
-    // Takes rights over the file systems, which a user namespace does not give.
-    let mapped = match &plan.place {
-        Place::Create(spec) => idmap::prepare(spec)?,
+    // Takes rights over the file systems, which a user namespace does not give, and over their
+    // disks, which the container's rules for devices need not allow.
+    let trees = match &plan.place {
+        Place::Create(spec) => trees_of(spec)?,
         Place::Enter { .. } | Place::Pause => Vec::new(),
     };
     if namespaces::enter_or_prepare(channel, &plan)? == Fork::Child {
         return match plan.place {
             Place::Pause => pause::become_pause(channel, &streams),
-            _ => become_process(channel, &plan, &streams, &mapped),
+            _ => become_process(channel, &plan, &streams, &trees),
         };
     }
     Ok(())
+}
+
+/// The trees of those mounts that are made before there is a child, in the places of the mounts.
+fn trees_of(spec: &Spec) -> Step<Vec<Option<OwnedFd>>> {
+    let mapped = idmap::prepare(spec)?;
+    let mounts = spec.mounts.iter().zip(mapped);
+    mounts
+        .map(|(mount, mapped)| match mapped {
+            Some(tree) => Ok(Some(tree)),
+            None => disks::prepare(mount),
+        })
+        .collect()
 }
 
 fn take_plan(channel: BorrowedFd<'_>) -> Step<(Plan, [OwnedFd; 3])> {
@@ -120,7 +134,7 @@ fn become_process(
     channel: BorrowedFd<'_>,
     plan: &Plan,
     streams: &[OwnedFd; 3],
-    mapped: &[Option<OwnedFd>],
+    trees: &[Option<OwnedFd>],
 ) -> Step {
     // The agent must know the pid before anything can end this process on its own account.
     plan::await_order(channel).or_fail(|| "wait for the agent".into())?;
@@ -130,7 +144,7 @@ fn become_process(
     rustix::process::umask(rustix::fs::Mode::empty());
     namespaces::finish(plan)?;
     if let Place::Create(spec) = &plan.place {
-        build_container(spec, mapped)?;
+        build_container(spec, trees)?;
     }
     if process.terminal {
         let name_console = matches!(plan.place, Place::Create(_));
@@ -175,11 +189,11 @@ fn become_process(
 }
 
 /// Everything up to the point where the container's root is the only one.
-fn build_container(spec: &Spec, mapped: &[Option<OwnedFd>]) -> Step {
+fn build_container(spec: &Spec, trees: &[Option<OwnedFd>]) -> Step {
     let root = rootfs::prepare(spec)?;
     let mut sealed_later = Vec::new();
     for (index, mount) in spec.mounts.iter().enumerate() {
-        let tree = mapped.get(index).and_then(Option::as_ref);
+        let tree = trees.get(index).and_then(Option::as_ref);
         mounts::mount(root.as_fd(), mount, tree, &mut sealed_later)?;
     }
     nodes::create(root.as_fd(), spec)?;

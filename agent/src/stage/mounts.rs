@@ -25,11 +25,11 @@ pub(super) use options::{Attributes, Depth, Options};
 /// Mounts that become read-only once everything is in them.
 pub(super) type SealedLater = Vec<OwnedFd>;
 
-/// Mounts one of the list. `mapped` is its tree, if its ids are mapped.
+/// Mounts one of the list. `made` is its tree, if that was made already.
 pub(super) fn mount(
     root: BorrowedFd<'_>,
     mount: &oci::Mount,
-    mapped: Option<&OwnedFd>,
+    made: Option<&OwnedFd>,
     sealed_later: &mut SealedLater,
 ) -> Step {
     let mut options = Options::parse(&mount.options)?;
@@ -40,13 +40,12 @@ pub(super) fn mount(
             mount.destination.display()
         )
     };
+    if let Some(tree) = made {
+        return attach(root, mount, tree, &options).or_fail(step);
+    }
     if mount.kind == "bind" || options.bind.is_some() {
         let depth = options.bind.unwrap_or(Depth::Single);
-        let tree = match mapped {
-            Some(tree) => tree.try_clone(),
-            None => clone_tree(&mount.source, depth),
-        };
-        return tree
+        return clone_tree(&mount.source, depth)
             .and_then(|tree| attach(root, mount, &tree, &options))
             .or_fail(step);
     }

@@ -18,7 +18,7 @@ pub(in crate::stage) struct Options {
     /// Whether a tree is bound, and with all that is mounted below it.
     pub(in crate::stage) bind: Option<Depth>,
     /// Flags of mount(2).
-    pub(super) flags: MsFlags,
+    pub(in crate::stage) flags: MsFlags,
     /// The same as attributes of the mount itself.
     pub(super) own: Attributes,
     /// Attributes of the mount and of all that is mounted below it.
@@ -30,7 +30,7 @@ pub(in crate::stage) struct Options {
     /// Whether ids are mapped, and how deep.
     pub(in crate::stage) idmap: Option<Depth>,
     /// For the file system.
-    pub(super) data: Vec<String>,
+    pub(in crate::stage) data: Vec<String>,
 }
 
 /// How much of a tree.

@@ -1,0 +1,123 @@
+//! File systems on disks.
+//!
+//! They are mounted by the parent, as trees that are mounted nowhere yet: a container need not be
+//! allowed to use the disk that one of its file systems is on.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::mount::MsFlags;
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen,
+};
+
+use super::mounts::Options;
+use super::{OrFail, Step};
+use crate::oci::Mount;
+
+/// Those that the kernel finds on a disk.
+const FILE_SYSTEMS: [&str; 5] = ["ext2", "ext3", "ext4", "erofs", "squashfs"];
+
+/// Flags of mount(2) that are the file system's, by the names that fsconfig(2) has for them.
+const FLAGS: [(MsFlags, &str); 5] = [
+    (MsFlags::MS_RDONLY, "ro"),
+    (MsFlags::MS_SYNCHRONOUS, "sync"),
+    (MsFlags::MS_DIRSYNC, "dirsync"),
+    (MsFlags::MS_LAZYTIME, "lazytime"),
+    (MsFlags::MS_MANDLOCK, "mand"),
+];
+
+/// The tree of a mount, if it is one from a disk.
+pub(super) fn prepare(mount: &Mount) -> Step<Option<OwnedFd>> {
+    if !FILE_SYSTEMS.contains(&mount.kind.as_str()) {
+        return Ok(None);
+    }
+    let options = Options::parse(&mount.options)?;
+    if options.bind.is_some() {
+        return Ok(None);
+    }
+    let step = || {
+        let (kind, place) = (&mount.kind, mount.destination.display());
+        format!("mount the {kind} file system for {place}")
+    };
+    tree_of(mount, &options).or_fail(step).map(Some)
+}
+
+fn tree_of(mount: &Mount, options: &Options) -> io::Result<OwnedFd> {
+    let context = fsopen(mount.kind.as_str(), FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let context = context.as_fd();
+    let made = || -> io::Result<OwnedFd> {
+        fsconfig_set_string(context, "source", &mount.source)?;
+        for (flag, name) in FLAGS {
+            if options.flags.contains(flag) {
+                fsconfig_set_flag(context, name)?;
+            }
+        }
+        for option in &options.data {
+            match option.split_once('=') {
+                Some((name, value)) => fsconfig_set_string(context, name, value)?,
+                None => fsconfig_set_flag(context, option.as_str())?,
+            }
+        }
+        fsconfig_create(context)?;
+        let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+        Ok(fsmount(context, flags, MountAttrFlags::empty())?)
+    };
+    made().map_err(|error| match complaint(context) {
+        Some(complaint) => io::Error::new(error.kind(), format!("{error}: {complaint}")),
+        None => error,
+    })
+}
+
+/// What the file system itself says is wrong, in its own words (fsopen(2), message retrieval).
+fn complaint(context: BorrowedFd<'_>) -> Option<String> {
+    let mut words = [0; COMPLAINT_BYTES_MAX];
+    for _ in 0..COMPLAINTS_MAX {
+        let length = match rustix::io::read(context, &mut words) {
+            Ok(length) => length,
+            Err(Errno::INTR) => continue,
+            Err(_) => return None,
+        };
+        let words = String::from_utf8_lossy(words.get(..length)?);
+        // Each is an error, a warning or for information.
+        if let Some(error) = words.strip_prefix("e ") {
+            return Some(error.trim().to_owned());
+        }
+    }
+    None
+}
+
+/// The kernel keeps so many messages, of about a line.
+const COMPLAINTS_MAX: usize = 8;
+const COMPLAINT_BYTES_MAX: usize = 512;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(kind: &str, options: &[&str]) -> Mount {
+        Mount {
+            destination: "/data".into(),
+            kind: kind.to_owned(),
+            source: "/dev/no-such-disk".into(),
+            options: options.iter().map(|&option| option.to_owned()).collect(),
+            ..Mount::default()
+        }
+    }
+
+    #[test]
+    fn disk_that_can_not_be_mounted_is_told_of_by_its_place() {
+        let failure = prepare(&mount("ext4", &["noatime", "nosuch=1"])).unwrap_err();
+        assert!(failure.text.contains("/data"), "{failure}");
+        assert!(prepare(&mount("ext4", &["remount"])).is_err());
+    }
+
+    #[test]
+    fn what_is_on_no_disk_is_mounted_later() {
+        for (kind, options) in [("tmpfs", &[][..]), ("bind", &[]), ("ext4", &["bind"])] {
+            assert!(prepare(&mount(kind, options)).unwrap().is_none(), "{kind}");
+        }
+    }
+}
