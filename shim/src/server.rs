@@ -153,6 +153,7 @@ impl PodMaker for Maker {
                 true => settings.network.spare_interfaces.into(),
                 false => 0,
             },
+            disk_slots: pod.disk_slots,
             changes_told: settings.volumes.inotify,
             cgroup: pod.cgroup,
         };

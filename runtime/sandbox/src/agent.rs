@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use husk_protocol::PROTOCOL_VERSION;
 use husk_protocol::messages::{
-    ConfigureNetworkRequest, HelloRequest, HelloResponse, ShutdownRequest,
+    AttachDiskRequest, ConfigureNetworkRequest, DetachDiskRequest, HelloRequest, HelloResponse,
+    ShutdownRequest,
 };
 use husk_protocol::service::AgentClient;
 use tokio::time::timeout;
 use ttrpc::Code;
 use ttrpc::asynchronous::transport::Socket;
 
+use crate::disks::{GuestDisk, Number};
 use crate::error::{VmEnd, cap_text};
 use crate::vmm::Vmm;
 use crate::{ContainerError, ErrorKind, StartError};
@@ -43,11 +45,13 @@ impl Agent {
         &self,
         vmm: &Vmm,
         hostname: &str,
+        disk_slots: usize,
     ) -> Result<HelloResponse, StartError> {
         let mut request = HelloRequest::new();
         request.protocol_version = PROTOCOL_VERSION;
         request.entropy = entropy();
         hostname.clone_into(&mut request.hostname);
+        request.disk_slots = number(disk_slots);
         let answered = self
             .call(vmm, "hello", Some(HELLO_DEADLINE), |client| async move {
                 client.hello(context(), &request).await
@@ -90,6 +94,45 @@ impl Agent {
             |client| async move { client.configure_network(context(), &request).await },
         );
         answered.await.map(drop)
+    }
+
+    /// Has the guest find the disk that was plugged into a slot.
+    pub(crate) async fn attach_disk(
+        &self,
+        vmm: &Vmm,
+        slot: usize,
+    ) -> Result<GuestDisk, ContainerError> {
+        let mut request = AttachDiskRequest::new();
+        request.slot = number(slot);
+        let attach =
+            |client: AgentClient| async move { client.attach_disk(context(), &request).await };
+        let disk = self
+            .call(vmm, "attach disk", Some(DISK_DEADLINE), attach)
+            .await?;
+        if !disk.node.starts_with("/dev/") || disk.node.len() > NODE_BYTES_MAX {
+            return Err(ContainerError::Agent {
+                kind: ErrorKind::Internal,
+                text: cap_text(&format!("{:?} is not the node of a disk", disk.node)),
+            });
+        }
+        Ok(GuestDisk {
+            number: Number {
+                major: disk.major,
+                minor: disk.minor,
+            },
+            node: disk.node.into(),
+        })
+    }
+
+    /// Has the guest write a disk back and let go of it.
+    pub(crate) async fn detach_disk(&self, vmm: &Vmm, slot: usize) -> Result<(), ContainerError> {
+        let mut request = DetachDiskRequest::new();
+        request.slot = number(slot);
+        let detach =
+            |client: AgentClient| async move { client.detach_disk(context(), &request).await };
+        self.call(vmm, "detach disk", Some(DISK_DEADLINE), detach)
+            .await
+            .map(drop)
     }
 
     /// Asks the guest to power itself off. The answer may be lost with the guest.
@@ -173,6 +216,11 @@ fn kind_of(code: Code) -> ErrorKind {
     }
 }
 
+/// There are few of what is counted.
+fn number(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
 /// Seeds the guest's pool. Without it the guest still has its rng device.
 fn entropy() -> Vec<u8> {
     let mut bytes = vec![0; ENTROPY_BYTES];
@@ -191,6 +239,13 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(120);
 
 /// For the guest's kernel to set up some interfaces.
 const NETWORK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// For the guest's kernel to look for partitions on a disk, or to write back what is left in memory of
+/// it, as far as the host's device keeps up.
+const DISK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Longest name of a node that a guest may have for a disk.
+const NODE_BYTES_MAX: usize = 64;
 
 /// From the loss of the agent's connection to the end of its machine.
 const LOSS_DEADLINE: Duration = Duration::from_secs(5);

@@ -101,6 +101,7 @@ impl Sandbox {
             Role::Alone | Role::Member => self.create_reserved(request).await,
         };
         if created.is_err() {
+            self.take_back_disks(&id).await;
             self.containers().remove(&id);
         }
         created
@@ -127,6 +128,8 @@ impl Sandbox {
             })
             .await?;
         }
+        let disks = std::mem::take(&mut guest.disks);
+        self.give_disks(&id, &mut guest.spec, disks).await?;
         let told = self.places_told(&id, &guest);
         let spec_json = to_json(&guest.spec)?;
         let files = ContainerFiles::new(&self.state, &id);

@@ -175,6 +175,9 @@ pub enum ContainerError {
     /// The root file system or a volume could not be put into the share.
     #[error(transparent)]
     Mount(#[from] crate::MountError),
+    /// A block device of the host can't be had.
+    #[error(transparent)]
+    Disk(#[from] crate::DiskError),
     /// A hook has failed.
     #[error(transparent)]
     Hook(#[from] crate::HookError),
@@ -220,6 +223,7 @@ impl ContainerError {
             Self::NotFound { .. } => ErrorKind::NotFound,
             Self::AlreadyExists { .. } => ErrorKind::AlreadyExists,
             Self::Invalid { .. } | Self::Spec(_) => ErrorKind::InvalidArgument,
+            Self::Disk(_) => ErrorKind::FailedPrecondition,
             Self::VmGone(_) => ErrorKind::Unavailable,
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::Mount(_)

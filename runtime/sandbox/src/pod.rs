@@ -27,6 +27,8 @@ pub struct PodRequest {
     pub vcpus: u8,
     /// Memory of the virtual machine.
     pub memory_mib: u32,
+    /// Slots for block devices of the host.
+    pub disk_slots: usize,
     /// The cgroup v2 directory of the pod, if the caller has one for it.
     pub cgroup: Option<PathBuf>,
 }
@@ -51,7 +53,7 @@ impl PodRequest {
     /// # Errors
     /// [`SpecError`] for what no pod can be given: found before anything is made.
     pub fn of(spec: &Spec, settings: &VmSettings) -> Result<Self, SpecError> {
-        spec::check(spec)?;
+        let disks = spec::check(spec)?;
         let is_pod = Role::of(spec) == Role::Sandbox;
         if is_pod && namespaces::has(spec, LinuxNamespaceType::User) {
             return Err(SpecError::Unsupported {
@@ -62,6 +64,11 @@ impl PodRequest {
         Ok(Self {
             vcpus: vcpus(spec, settings)?,
             memory_mib: memory_mib(spec, settings)?,
+            // What a pod's containers ask for, nobody knows yet.
+            disk_slots: match is_pod {
+                true => settings.spare_disks.into(),
+                false => disks,
+            },
             cgroup: if is_pod { cgroup_parent(spec)? } else { None },
         })
     }
@@ -332,6 +339,14 @@ mod tests {
             assert_eq!(request.vcpus, settings.vcpus);
             assert_eq!(request.memory_mib, settings.memory_mib);
         }
+    }
+
+    #[test]
+    fn pod_has_slots_for_disks_and_a_container_what_it_needs() {
+        let pod = json!({ CONTAINER_TYPE[0]: "sandbox" });
+        let spare = VmSettings::default().spare_disks;
+        assert_eq!(request(&pod).unwrap().disk_slots, usize::from(spare));
+        assert_eq!(request(&json!({})).unwrap().disk_slots, 0);
     }
 
     #[test]

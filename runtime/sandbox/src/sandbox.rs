@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use crate::agent::Agent;
 use crate::changes::Teller;
 use crate::container::Containers;
+use crate::disks::Disks;
 use crate::error::{cap_text, describe};
 use crate::netns::Netns;
 use crate::network::Devices;
@@ -53,6 +54,9 @@ pub struct SandboxConfig {
     /// Network devices beyond those of the interfaces that are there now, for interfaces that come
     /// later.
     pub spare_net_devices: usize,
+    /// Slots for block devices of the host that containers are given, at most
+    /// [`DISKS_MAX`](husk_vmm_control::DISKS_MAX); see [`check_spec`](crate::check_spec).
+    pub disk_slots: usize,
     /// Of which volumes the guest's inotify hears what the host changes.
     pub changes_told: ChangesTold,
     /// A cgroup v2 directory for all of the pod, below which one is made that the VMM and the caller
@@ -73,6 +77,7 @@ pub struct Sandbox {
     /// Of the network namespace, until somebody follows it.
     pub(crate) monitor: Mutex<Option<Monitor>>,
     pub(crate) agent: Agent,
+    pub(crate) disks: tokio::sync::Mutex<Disks>,
     /// The next port for a stream. Never counts back.
     pub(crate) ports: AtomicU32,
     /// Read by all that mount something, so that the end can wait for them.
@@ -197,6 +202,7 @@ impl Sandbox {
             monitor: Mutex::new(devices.has_any().then_some(monitor)),
             network: tokio::sync::Mutex::new(devices),
             agent,
+            disks: tokio::sync::Mutex::new(Disks::new(config.disk_slots)),
             ports: AtomicU32::new(STREAM_PORT_MIN),
             creating: tokio::sync::RwLock::default(),
             containers: Mutex::default(),
@@ -218,7 +224,9 @@ impl Sandbox {
             source,
         })?;
         vmm.start().await?;
-        let hello = agent.hello(vmm, &config.hostname).await?;
+        let hello = agent
+            .hello(vmm, &config.hostname, config.disk_slots)
+            .await?;
         Ok((agent, hello))
     }
 
@@ -280,6 +288,10 @@ impl Sandbox {
             tracing::warn!(%id, "a container is still being made as its pod is removed");
         }
         self.containers().clear();
+        // Whoever still holds it lets go of the host's devices as his call to the guest ends.
+        if let Ok(mut disks) = self.disks.try_lock() {
+            disks.clear();
+        }
         self.leave_cgroup();
         let state = self.state.clone();
         in_background(move || cleanup::remove_all(&state)).await
@@ -421,7 +433,7 @@ fn boot_config(
         shared_dir: text(&state.shared())?,
         cgroup_dir: cgroup.map(text).transpose()?.unwrap_or_default(),
         net,
-        disks: 0,
+        disks: config.disk_slots,
         share_cache_ms: SHARE_CACHE_MS,
         share_echo_group: None,
     })

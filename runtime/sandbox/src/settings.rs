@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
-use husk_vmm_control::{MEMORY_MIB_MAX, MEMORY_MIB_MIN, NET_DEVICES_MAX, VCPUS_MAX};
+use husk_vmm_control::{DISKS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NET_DEVICES_MAX, VCPUS_MAX};
 use serde::Deserialize;
 
 use crate::ChangesTold;
@@ -51,6 +51,8 @@ pub struct VmSettings {
     pub memory_mib: u32,
     /// Added to a pod's own limit of memory, for the guest's kernel and agent, in MiB.
     pub overhead_mib: u32,
+    /// Slots for block devices of the host in a pod whose containers are not known as it starts.
+    pub spare_disks: u8,
     /// Guest kernel, instead of the installed one.
     pub kernel: Option<PathBuf>,
     /// Initrd with the agent, instead of the installed one.
@@ -149,6 +151,7 @@ impl Default for VmSettings {
             vcpus: 1,
             memory_mib: 256,
             overhead_mib: 64,
+            spare_disks: 4,
             kernel: None,
             initrd: None,
             vmm: None,
@@ -227,9 +230,11 @@ impl Settings {
             0,
             MEMORY_MIB_MAX,
         )?;
+        let most = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let spare = settings.vm.spare_disks.into();
+        in_range("vm.spare_disks", spare, 0, most(DISKS_MAX))?;
         let spare = settings.network.spare_interfaces.into();
-        let devices_max = u32::try_from(NET_DEVICES_MAX).unwrap_or(u32::MAX);
-        in_range("network.spare_interfaces", spare, 0, devices_max)?;
+        in_range("network.spare_interfaces", spare, 0, most(NET_DEVICES_MAX))?;
         Ok(settings)
     }
 }
@@ -302,6 +307,7 @@ mod tests {
             ("[vm]\nvcpus = 65\n", "vm.vcpus"),
             ("[vm]\nmemory_mib = 1\n", "vm.memory_mib"),
             ("[vm]\noverhead_mib = 99999999\n", "vm.overhead_mib"),
+            ("[vm]\nspare_disks = 17\n", "vm.spare_disks"),
             (
                 "[network]\nspare_interfaces = 9\n",
                 "network.spare_interfaces",

@@ -7,9 +7,11 @@
 use std::path::{Component, Path, PathBuf};
 
 use husk_protocol::messages::MemoryVolume;
+use husk_vmm_control::DISKS_MAX;
 use nix::sys::statvfs::{FsFlags, statvfs};
-use oci_spec::runtime::{Hooks, Linux, LinuxDeviceCgroup, LinuxDeviceType, Mount, Spec};
+use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Mount, Spec};
 
+use crate::disks::{self, WantedDisk};
 use crate::hooks::Lifecycle;
 use crate::mounts::Volume;
 use crate::namespaces;
@@ -44,6 +46,8 @@ pub(crate) struct GuestSpec {
     pub(crate) volumes: Vec<Volume>,
     /// What of the pod's volumes in memory it mounts.
     pub(crate) memory_volumes: Vec<MemoryVolume>,
+    /// The block devices of the host that it is given.
+    pub(crate) disks: Vec<WantedDisk>,
     /// Whether its PID namespace is that of the pod or of a container in it. The spec for the guest
     /// names none then.
     pub(crate) joins_pids: bool,
@@ -96,13 +100,18 @@ fn guest_dir(container: &str) -> PathBuf {
     Path::new(husk_protocol::SHARED_DIR).join(container)
 }
 
-/// Refuses what no guest can give, before there is one.
+/// Refuses what no guest can give, before there is one. Answers with how many slots for disks
+/// ([`SandboxConfig::disk_slots`](crate::SandboxConfig)) the container takes at most.
 ///
 /// # Errors
 /// [`SpecError`], as the container's creation would fail later.
-pub fn check(spec: &Spec) -> Result<(), SpecError> {
+pub fn check(spec: &Spec) -> Result<usize, SpecError> {
     Lifecycle::of(spec, "", Path::new(""))?;
-    guest_spec(spec.clone(), "", None, &mut MemoryVolumes::new("")).map(drop)
+    let guest = guest_spec(spec.clone(), "", None, &mut MemoryVolumes::new(""))?;
+    for disk in &guest.disks {
+        disk.check()?;
+    }
+    Ok(guest.disks.len())
 }
 
 /// Rewrites a spec for the guest. `pod` is the pid on the host of the process that stands for the
@@ -131,19 +140,25 @@ pub(crate) fn guest_spec(
 
     let mut volumes = Vec::new();
     let mut memory_volumes = Vec::new();
-    for mount in spec.mounts_mut().iter_mut().flatten() {
+    let mut disks = Vec::new();
+    for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         let destination = clean(mount.destination());
         mount.set_destination(destination);
         if let Some(volume) = in_memory(mount, memory) {
             memory_volumes.push(volume);
             continue;
         }
-        rewrite_mount(mount, &guest_dir, &mut volumes)?;
+        if rewrite_mount(mount, &guest_dir, &mut volumes)? == MountKind::Disk {
+            disks.push(disks::of_mount(index, mount)?);
+        }
     }
+    let has_users = namespaces::has(&spec, LinuxNamespaceType::User);
     let linux = spec
         .linux_mut()
         .as_mut()
         .ok_or(SpecError::Missing("linux"))?;
+    disks.extend(disks::of_devices(linux)?);
+    check_disks(&disks, has_users)?;
     let joins_pids = rewrite_linux(linux, container, pod)?;
     spec.set_hooks(spec.hooks().as_ref().and_then(guest_hooks));
     Ok(GuestSpec {
@@ -151,7 +166,23 @@ pub(crate) fn guest_spec(
         root: host_root,
         volumes,
         memory_volumes,
+        disks,
         joins_pids,
+    })
+}
+
+/// More than any machine has slots for are refused before there is one.
+fn check_disks(disks: &[WantedDisk], has_users: bool) -> Result<(), SpecError> {
+    let reason = match disks.len() {
+        0 => return Ok(()),
+        _ if has_users => "a container in a user namespace can't have block devices of the host",
+        1..=DISKS_MAX => return Ok(()),
+        _ => "no virtual machine has slots for so many block devices",
+    };
+    let what = disks.last().map(|disk| disk.what.clone());
+    Err(SpecError::Unsupported {
+        what: what.unwrap_or_default(),
+        reason,
     })
 }
 
@@ -173,11 +204,20 @@ fn in_memory(mount: &mut Mount, memory: &mut MemoryVolumes) -> Option<MemoryVolu
     Some(volume)
 }
 
+/// Where what is mounted comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum MountKind {
+    /// The guest's kernel, or a volume.
+    Own,
+    /// A block device of the host.
+    Disk,
+}
+
 fn rewrite_mount(
     mount: &mut Mount,
     guest_dir: &Path,
     volumes: &mut Vec<Volume>,
-) -> Result<(), SpecError> {
+) -> Result<MountKind, SpecError> {
     let refuse = |reason| {
         Err(SpecError::Unsupported {
             what: format!("mount at {:?}", mount.destination()),
@@ -199,8 +239,11 @@ fn rewrite_mount(
     let kind = mount.typ().as_deref().unwrap_or_default();
     let is_bind = kind == "bind" || has("bind") || has("rbind");
     if !is_bind {
+        if disks::FILE_SYSTEMS.contains(&kind) {
+            return Ok(MountKind::Disk);
+        }
         return match GUEST_FILE_SYSTEMS.contains(&kind) {
-            true => Ok(()),
+            true => Ok(MountKind::Own),
             false => refuse(
                 "a guest has no such file system, or it would look for its source in the guest; \
                  mount it on the host and bind it",
@@ -228,7 +271,7 @@ fn rewrite_mount(
             .is_some_and(|option| option != "rw"),
     });
     mount.set_source(Some(guest_source));
-    Ok(())
+    Ok(MountKind::Own)
 }
 
 /// Those that a kernel fills by itself.
@@ -286,46 +329,12 @@ fn rewrite_linux(linux: &mut Linux, container: &str, pod: Option<u32>) -> Result
         );
     }
     policy::check_linux(linux)?;
-    check_devices(linux)?;
     linux.set_mount_label(None);
     linux.set_cgroups_path(Some(Path::new("/husk").join(container)));
     let namespaces = linux.namespaces().clone().unwrap_or_default();
     let sorted = namespaces::sort(namespaces, pod)?;
     linux.set_namespaces(Some(sorted.own));
     Ok(sorted.joins_pids)
-}
-
-/// A block device is known by a number that means another one in each kernel. A container that may
-/// use all devices gets the guest's, whatever the host has.
-fn check_devices(linux: &Linux) -> Result<(), SpecError> {
-    let rules = linux
-        .resources()
-        .as_ref()
-        .and_then(|all| all.devices().as_deref());
-    let is_for_all = |rule: &LinuxDeviceCgroup| {
-        let is_any = |number: Option<i64>| matches!(number, None | Some(-1));
-        matches!(rule.typ(), None | Some(LinuxDeviceType::A))
-            && is_any(rule.major())
-            && is_any(rule.minor())
-    };
-    let last = rules
-        .unwrap_or_default()
-        .iter()
-        .rfind(|rule| is_for_all(rule));
-    if last.is_some_and(LinuxDeviceCgroup::allow) {
-        return Ok(());
-    }
-    let devices = linux.devices().as_deref().unwrap_or_default();
-    match devices
-        .iter()
-        .find(|device| device.typ() == LinuxDeviceType::B)
-    {
-        None => Ok(()),
-        Some(device) => Err(SpecError::Unsupported {
-            what: format!("linux.devices, {:?}", device.path()),
-            reason: "a block device of the host can't be given to a guest",
-        }),
-    }
 }
 
 #[cfg(test)]
@@ -430,7 +439,8 @@ mod tests {
             json!({ "destination": "/a", "options": ["rbind"] }),
             json!({ "destination": "/a", "source": "/b", "options": ["bind", "idmap"] }),
             json!({ "destination": "/a/..", "type": "tmpfs" }),
-            json!({ "destination": "/a", "type": "ext4", "source": "/dev/sda" }),
+            json!({ "destination": "/a", "type": "xfs", "source": "/dev/sda" }),
+            json!({ "destination": "/a", "type": "ext4", "source": "disk" }),
             json!({ "destination": "/a", "type": "overlay", "options": ["lowerdir=/b:/c"] }),
             json!({ "destination": "/a" }),
             json!({ "destination": "/a", "type": "bind", "source": "/b", "options": ["rshared"] }),
@@ -442,22 +452,49 @@ mod tests {
         }
     }
 
+    fn with_disks(change: impl FnOnce(&mut Value)) -> Result<GuestSpec, SpecError> {
+        rewritten(|spec| {
+            spec["linux"]["devices"] =
+                json!([{ "type": "b", "path": "/dev/disk", "major": 8, "minor": 0 }]);
+            spec["mounts"][0] =
+                json!({ "destination": "/d", "type": "ext4", "source": "/dev/loop0" });
+            change(spec);
+        })
+    }
+
     #[test]
-    fn block_device_is_refused_unless_all_devices_are_allowed() {
-        let with = |rules: Value| {
-            rewritten(|spec| {
-                spec["linux"]["devices"] =
-                    json!([{ "type": "b", "path": "/dev/disk", "major": 8, "minor": 0 }]);
-                spec["linux"]["resources"] = json!({ "devices": rules });
-            })
-        };
-        let text = with(json!([])).unwrap_err().to_string();
+    fn block_devices_in_a_user_namespace_are_refused() {
+        let text = with_disks(|spec| {
+            let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.push(json!({ "type": "user" }));
+        });
+        let text = text.unwrap_err().to_string();
         assert!(text.contains("/dev/disk"), "{text}");
-        let one = json!([{ "allow": true, "type": "b", "major": 8, "minor": 0, "access": "rwm" }]);
-        assert!(with(one).is_err());
-        assert!(with(json!([{ "allow": true, "access": "rwm" }])).is_ok());
-        let taken = json!([{ "allow": true, "access": "rwm" }, { "allow": false }]);
-        assert!(with(taken).is_err());
+    }
+
+    #[test]
+    fn more_block_devices_than_slots_are_refused() {
+        let device = json!({ "type": "b", "path": "/dev/many", "major": 8, "minor": 0 });
+        let text = with_disks(|spec| spec["linux"]["devices"] = vec![device; DISKS_MAX].into());
+        let text = text.unwrap_err().to_string();
+        assert!(text.contains("/dev/many"), "{text}");
+    }
+
+    #[test]
+    fn block_device_that_the_host_lacks_is_refused_before_there_is_a_guest() {
+        let spec = spec(|spec| {
+            spec["linux"]["devices"] =
+                json!([{ "type": "b", "path": "/dev/disk", "major": 4095, "minor": 0 }]);
+        });
+        let text = check(&spec).unwrap_err().to_string();
+        assert!(text.contains("/dev/disk"), "{text}");
+    }
+
+    #[test]
+    fn block_devices_of_devices_and_mounts_are_wanted() {
+        let disks = with_disks(|_| {}).unwrap().disks;
+        let whats: Vec<_> = disks.iter().map(|disk| disk.what.as_str()).collect();
+        assert_eq!(whats, ["mount at \"/d\"", "linux.devices, \"/dev/disk\""]);
     }
 
     #[test]

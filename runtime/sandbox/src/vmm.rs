@@ -9,7 +9,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use std::{fs, io};
 
-use husk_vmm_control::{Answer, BootConfig, BootTimes, Call, Channel, ExitReason, PlugNet};
+use husk_vmm_control::{
+    Answer, BootConfig, BootTimes, Call, Channel, DiskConfig, ExitReason, PlugDisk, PlugNet,
+};
 use rustix::process::Pid;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -272,6 +274,20 @@ impl Vmm {
             tap: tap.is_some(),
         });
         let descriptors: Vec<_> = tap.iter().map(AsFd::as_fd).collect();
+        answered(self.control.call(call, &descriptors))
+            .await
+            .map(drop)
+    }
+
+    /// Plugs a disk into a slot, or pulls it out. The error is a sentence for people.
+    pub(crate) async fn plug_disk(
+        &self,
+        slot: usize,
+        disk: Option<(DiskConfig, OwnedFd)>,
+    ) -> Result<(), String> {
+        let (disk, file) = disk.unzip();
+        let descriptors: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+        let call = Call::PlugDisk(PlugDisk { slot, disk });
         answered(self.control.call(call, &descriptors))
             .await
             .map(drop)

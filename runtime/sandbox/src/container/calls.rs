@@ -347,6 +347,7 @@ impl Sandbox {
             return Ok(());
         }
         unless_gone(self.delete_in_guest(container).await)?;
+        self.take_back_disks(container).await;
         self.remove_from_host(container).await?;
         self.containers().remove(container);
         Ok(())
