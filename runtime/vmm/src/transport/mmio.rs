@@ -179,7 +179,9 @@ impl Mmio {
     /// # Errors
     /// A driver has not let go of that one. Nothing was changed.
     pub(crate) fn appear_as(&mut self, looks: &Looks) -> Result<(), StillDriven> {
-        if self.driver.status != Status::Fresh || self.driver.has_failed {
+        // Linux acknowledges a device once more after its driver has let go of it.
+        let is_free = matches!(self.driver.status, Status::Fresh | Status::Acknowledged);
+        if !is_free || self.driver.has_failed {
             return Err(StillDriven);
         }
         self.features = looks.features | (1 << VIRTIO_F_VERSION_1);

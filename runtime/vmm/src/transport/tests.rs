@@ -398,12 +398,15 @@ fn a_device_that_is_driven_does_not_become_another() {
     };
     rig.mmio.appear(false);
     rig.write(reg::STATUS, ACKNOWLEDGE);
+    rig.write(reg::STATUS, ACKNOWLEDGE | DRIVER);
 
     assert_eq!(rig.mmio.appear_as(&looks), Err(StillDriven));
 
     assert_eq!(rig.read(reg::DEVICE_ID), 0);
     assert_eq!(rig.read(reg::CONFIG), 0x0403_0201);
+    // As Linux leaves a device that it has let go of.
     rig.write(reg::STATUS, 0);
+    rig.write(reg::STATUS, ACKNOWLEDGE);
     rig.mmio.appear_as(&looks).unwrap();
     assert_eq!(rig.read(reg::DEVICE_ID), 42);
     assert_eq!(rig.read(reg::CONFIG), 9);
