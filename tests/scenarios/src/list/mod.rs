@@ -2,6 +2,7 @@
 
 mod basics;
 mod clock;
+mod disks;
 mod docker;
 mod embedded;
 mod ends;
@@ -199,6 +200,8 @@ pub(crate) const ALL: &[Scenario] = &[
     both("bind_mounts", |ctr| spec_mounts::bind_mounts(ctr)),
     both("other_mounts", |ctr| spec_mounts::other_mounts(ctr)),
     both("devices", |ctr| spec_mounts::devices(ctr)),
+    both("block_devices", |ctr| disks::of_the_spec(ctr)),
+    husk("block_devices_refused", |ctr| disks::refused(ctr)),
     both("masked_and_readonly_paths", |ctr| {
         spec_mounts::masked_and_readonly_paths(ctr)
     }),
@@ -255,6 +258,7 @@ pub(crate) const ALL: &[Scenario] = &[
     both_pods("pods_volume_changes_heard", |ctr| {
         pods::volume_changes_heard(ctr)
     }),
+    both_pods("pods_block_devices", |ctr| disks::of_a_pod(ctr)),
     both_pods("pods_ports_forwarded", |ctr| {
         pods_network::ports_forwarded(ctr)
     }),

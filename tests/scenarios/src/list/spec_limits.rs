@@ -331,8 +331,13 @@ fn refusals() -> Vec<(&'static str, Value, &'static [&'static str])> {
         ("/mounts", bind(&["rbind", "remount"]), &["/a", "remount"]),
         (
             "/mounts",
-            json!({ "destination": "/a", "type": "ext4", "source": "/dev/vda" }),
+            json!({ "destination": "/a", "type": "xfs", "source": "/dev/vda" }),
             &["/a", "file system"],
+        ),
+        (
+            "/mounts",
+            json!({ "destination": "/a", "type": "ext4", "source": "/etc/passwd" }),
+            &["/a", "block device"],
         ),
     ]
 }
