@@ -5,6 +5,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use husk_protocol::messages::ForwardPortRequest;
@@ -13,7 +14,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 
-use crate::stdio::{Ports, StdioError, accept, copy, nonblocking};
+use crate::arrivals::{ArrivalError, Arrivals};
+use crate::stdio::{copy, nonblocking};
 
 /// For a listener of this machine to take a connection: one whose queue is full does not.
 const DIAL_DEADLINE: Duration = Duration::from_secs(10);
@@ -35,28 +37,27 @@ pub enum ForwardError {
     /// The connection can't be watched.
     #[error("cannot watch a connection")]
     Watch(#[source] io::Error),
-    /// The stream's port can't be had.
+    /// The stream can't be expected.
     #[error(transparent)]
-    Stream(#[from] StdioError),
+    Stream(#[from] ArrivalError),
 }
 
 /// Dials, and moves bytes from then on until both sides have ended.
-pub async fn forward(ports: &Ports, request: &ForwardPortRequest) -> Result<(), ForwardError> {
+pub async fn forward(
+    arrivals: &Arc<Arrivals>,
+    request: &ForwardPortRequest,
+) -> Result<(), ForwardError> {
     let port = u16::try_from(request.tcp_port)
         .ok()
         .filter(|port| *port > 0);
     let port = port.ok_or(ForwardError::NoPort(request.tcp_port))?;
-    if request.stream_port == 0 {
-        return Err(StdioError::PortTooLow(0).into());
-    }
+    let arrival = arrivals.expect(request.stream)?;
     let server = dial(port).await?;
     let server = server.into_std().map_err(ForwardError::Watch)?;
     let both = Interest::READABLE | Interest::WRITABLE;
     let server = nonblocking(server.into(), both).map_err(ForwardError::Watch)?;
-    let listener = ports.listen(request.stream_port)?;
     tokio::spawn(async move {
-        let Some(listener) = listener else { return };
-        if let Some(client) = accept(listener).await {
+        if let Some(client) = arrival.connection().await {
             // An error of either side ends both.
             let _ = tokio::try_join!(pass(&client, &server), pass(&server, &client));
         }
@@ -91,16 +92,17 @@ async fn pass(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> 
 mod tests {
     use std::io::{Read, Write};
     use std::net::TcpListener;
-    use std::os::unix::net::UnixStream;
 
-    use husk_protocol::STREAM_PORT_MIN;
+    use husk_protocol::STREAM_SOURCE_MIN;
 
     use super::*;
+    use crate::arrivals::Port;
+    use crate::arrivals::tests::connect;
 
     fn request(tcp_port: u16) -> ForwardPortRequest {
         ForwardPortRequest {
             tcp_port: tcp_port.into(),
-            stream_port: STREAM_PORT_MIN,
+            stream: STREAM_SOURCE_MIN,
             ..ForwardPortRequest::default()
         }
     }
@@ -108,22 +110,22 @@ mod tests {
     #[tokio::test]
     async fn ports_that_are_none_are_refused() {
         let directory = tempfile::tempdir().unwrap();
-        let ports = Ports::Directory(directory.path().to_owned());
+        let arrivals = Arrivals::listen(&Port::Directory(directory.path().to_owned())).unwrap();
         for tcp_port in [0, 65536, u32::MAX] {
             let request = ForwardPortRequest {
                 tcp_port,
                 ..request(1)
             };
-            let refused = forward(&ports, &request).await.unwrap_err();
+            let refused = forward(&arrivals, &request).await.unwrap_err();
             assert!(matches!(refused, ForwardError::NoPort(_)), "{refused}");
         }
         let (_listener, port) = listener(Ipv4Addr::LOCALHOST.into());
-        for stream_port in [0, STREAM_PORT_MIN - 1] {
+        for stream in [0, STREAM_SOURCE_MIN - 1] {
             let request = ForwardPortRequest {
-                stream_port,
+                stream,
                 ..request(port)
             };
-            let refused = forward(&ports, &request).await.unwrap_err();
+            let refused = forward(&arrivals, &request).await.unwrap_err();
             assert!(matches!(refused, ForwardError::Stream(_)), "{refused}");
         }
     }
@@ -137,10 +139,10 @@ mod tests {
     #[tokio::test]
     async fn nobody_at_the_port_is_an_error_that_names_it() {
         let directory = tempfile::tempdir().unwrap();
-        let ports = Ports::Directory(directory.path().to_owned());
+        let arrivals = Arrivals::listen(&Port::Directory(directory.path().to_owned())).unwrap();
         let (gone, port) = listener(Ipv4Addr::LOCALHOST.into());
         drop(gone);
-        let refused = forward(&ports, &request(port)).await.unwrap_err();
+        let refused = forward(&arrivals, &request(port)).await.unwrap_err();
         assert!(refused.to_string().contains(&port.to_string()), "{refused}");
     }
 
@@ -148,7 +150,7 @@ mod tests {
     async fn bytes_and_ends_pass_both_ways() {
         for address in [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()] {
             let directory = tempfile::tempdir().unwrap();
-            let ports = Ports::Directory(directory.path().to_owned());
+            let arrivals = Arrivals::listen(&Port::Directory(directory.path().to_owned())).unwrap();
             let (listener, port) = listener(address);
             let server = std::thread::spawn(move || {
                 let (mut stream, _) = listener.accept().unwrap();
@@ -157,10 +159,9 @@ mod tests {
                 stream.write_all(b"heard ").unwrap();
                 stream.write_all(text.as_bytes()).unwrap();
             });
-            forward(&ports, &request(port)).await.unwrap();
-            let path = directory.path().join(STREAM_PORT_MIN.to_string());
+            forward(&arrivals, &request(port)).await.unwrap();
+            let mut client = connect(directory.path(), STREAM_SOURCE_MIN);
             let client = tokio::task::spawn_blocking(move || {
-                let mut client = UnixStream::connect(path).unwrap();
                 client.write_all(b"words").unwrap();
                 client.shutdown(std::net::Shutdown::Write).unwrap();
                 let mut text = String::new();

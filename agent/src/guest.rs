@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures::StreamExt;
-use husk_protocol::{AGENT_PORT, POWER_OFF, POWER_PORT, SHARED_DIR, SHARED_TAG};
+use husk_protocol::{AGENT_PORT, POWER_OFF, POWER_PORT, SHARED_DIR, SHARED_TAG, STREAM_PORT};
 use nix::mount::{MsFlags, mount};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
@@ -25,11 +25,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 use ttrpc::r#async::transport::Listener;
 
+use crate::arrivals::{Arrivals, Port};
 use crate::cgroup::delegate_controllers;
 use crate::reaper::{Reaper, clock_ns};
 use crate::sandbox::{Config, Sandbox};
 use crate::service::Service;
-use crate::stdio::Ports;
 use crate::sys;
 
 /// How long the start took, told in the handshake. CLOCK_BOOTTIME in nanoseconds.
@@ -63,6 +63,9 @@ pub enum GuestError {
     /// The limits that the kernel starts with.
     #[error("cannot raise the resource limits")]
     Limits(#[source] io::Error),
+    /// The port of the streams.
+    #[error("cannot listen on port {STREAM_PORT} for the host's streams")]
+    Listen(#[source] io::Error),
     /// The host does not answer.
     #[error("cannot connect to port {AGENT_PORT} of the host")]
     Connect(#[source] io::Error),
@@ -101,6 +104,8 @@ fn run(started_at_ns: u64) -> Result<(), GuestError> {
         .build()
         .map_err(GuestError::Serve)?;
     let _context = runtime.enter();
+    // Before any socket of ours gets a port of the kernel's choice, and long before a container.
+    let arrivals = Arrivals::listen(&Port::Vsock).map_err(GuestError::Listen)?;
     let host = connect_host().map_err(GuestError::Connect)?;
     let times = Times {
         started_at_ns,
@@ -110,7 +115,7 @@ fn run(started_at_ns: u64) -> Result<(), GuestError> {
     let config = Config {
         program: PathBuf::from("/proc/self/exe"),
         cgroup_parent: Path::new(CGROUPS).join("pod"),
-        ports: Ports::Vsock,
+        arrivals,
     };
     let sandbox = Arc::new(Sandbox::new(config, reaper));
     let served = serve(host, Service::new(sandbox, times));

@@ -87,7 +87,11 @@ pub async fn launch(
     let attributes = Attributes::parse(&plan.process, is_exec)?;
     let expectation = reaper.expect();
     let channel = spawn(program, plan, &streams.fds)?;
-    let Streams { fds, terminal } = streams;
+    let Streams {
+        fds,
+        terminal,
+        movers,
+    } = streams;
     // The stage has its own; a copy kept here would keep the pipes open for ever.
     drop(fds);
     let mut terminal_taker = terminal;
@@ -127,6 +131,7 @@ pub async fn launch(
                 let hooks = plan.start_hooks.as_ref();
                 let hooks = hooks.map_or(Duration::ZERO, StartHooks::time_limit);
                 let (pid, pidfd, exit) = progress.process.take().ok_or_else(missing)?;
+                movers.let_go();
                 return Ok(Launched {
                     pid,
                     pidfd,

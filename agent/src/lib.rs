@@ -9,6 +9,7 @@
 //! What the host sends is trusted with the guest, but not to be well-formed. What containers do is
 //! not trusted at all: nothing here follows a path inside a container's root outside of it.
 
+pub mod arrivals;
 pub mod attributes;
 pub mod cgroup;
 pub mod container;

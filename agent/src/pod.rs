@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use husk_protocol::POD_VOLUMES_DIR;
-use husk_protocol::messages::{MemoryVolume, PreparePodRequest, Stdio};
+use husk_protocol::messages::{MemoryVolume, PreparePodRequest};
 use nix::mount::{MsFlags, mount};
 use tokio::sync::OnceCell;
 
@@ -15,7 +15,7 @@ use crate::launch::{LaunchError, launch};
 use crate::oci::Process;
 use crate::plan::{Place, Plan};
 use crate::reaper::Reaper;
-use crate::stdio::{Ports, StdioError};
+use crate::stdio::{StdioError, Streams};
 
 /// Most volumes of one request.
 const VOLUMES_MAX: usize = 1024;
@@ -166,7 +166,7 @@ async fn launch_pause(program: &Path, reaper: &Arc<Reaper>) -> Result<i32, PodEr
         start_hooks: None,
     };
     // Without ports they are all /dev/null.
-    let streams = Ports::Vsock.open(&Stdio::default(), false)?;
+    let streams = Streams::none()?;
     let launched = launch(program, reaper, &plan, streams).await?;
     let pid = launched.pid;
     launched.start().await?;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use husk_protocol::messages::{ForwardPortRequest, PreparePodRequest, Stdio};
 use rustix::process::Signal;
 
+use crate::arrivals::Arrivals;
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::container::{Common, Container, Ending, Process, lock};
 use crate::forward::{ForwardError, forward};
@@ -18,7 +19,7 @@ use crate::oci::{self, NamespaceKind, Resources, Spec};
 use crate::plan::{Place, Plan, StartHooks};
 use crate::pod::{Pod, PodError};
 use crate::reaper::{Exit, Reaper};
-use crate::stdio::{Ports, StdioError};
+use crate::stdio::{StdioError, Streams};
 
 /// Longest id of a container or an exec.
 const ID_BYTES_MAX: usize = 256;
@@ -90,8 +91,8 @@ pub struct Config {
     pub program: PathBuf,
     /// The cgroup below which containers get theirs.
     pub cgroup_parent: PathBuf,
-    /// Where the ports of streams are.
-    pub ports: Ports,
+    /// Where the host's streams arrive.
+    pub arrivals: Arc<Arrivals>,
 }
 
 /// The pod.
@@ -126,7 +127,7 @@ impl Sandbox {
 
     /// Connects a stream with a TCP port of the pod.
     pub async fn forward(&self, request: &ForwardPortRequest) -> Result<(), SandboxError> {
-        Ok(forward(&self.config.ports, request).await?)
+        Ok(forward(&self.config.arrivals, request).await?)
     }
 
     /// Makes a container up to its init's gate and returns init's pid.
@@ -169,7 +170,7 @@ impl Sandbox {
         bundle: &str,
         stdio: &Stdio,
     ) -> Result<Arc<Container>, SandboxError> {
-        let streams = self.config.ports.open(stdio, spec.process.terminal)?;
+        let streams = Streams::open(&self.config.arrivals, stdio, spec.process.terminal)?;
         let cgroup = Cgroup::create(&self.config.cgroup_parent, id)?;
         let has_pid_namespace = spec.linux.namespaces.iter().any(|namespace| {
             namespace.kind == NamespaceKind::Pid
@@ -260,7 +261,7 @@ impl Sandbox {
         let mut process: oci::Process =
             serde_json::from_slice(process_json).map_err(SandboxError::InvalidSpec)?;
         process.inherit(&container.common.init);
-        let streams = self.config.ports.open(stdio, process.terminal)?;
+        let streams = Streams::open(&self.config.arrivals, stdio, process.terminal)?;
         container.add(Process::registered(exec_id.to_owned(), process, streams))
     }
 
@@ -285,7 +286,7 @@ impl Sandbox {
         &self,
         container: &Container,
         process: &Arc<Process>,
-        (spec, streams): (oci::Process, crate::stdio::Streams),
+        (spec, streams): (oci::Process, Streams),
     ) -> Result<i32, SandboxError> {
         let stopped = || SandboxError::ContainerStopped(container.id.clone());
         if !container.init.is_alive() {

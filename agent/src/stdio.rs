@@ -1,21 +1,15 @@
 //! A process's streams: from vsock to the pipes or the terminal of the process, and back.
 //!
-//! The host names a port for each stream. The port is bound before the request is answered, takes
-//! one connection and is closed. Processes get pipes and not the sockets themselves, because they
-//! open /dev/stdout anew, which a socket does not allow.
+//! The host names each stream, whose connection is expected before the request is answered (see
+//! [`Arrivals`]). Processes get pipes and not the sockets themselves, because they open /dev/stdout
+//! anew, which a socket does not allow.
 
+use std::future::Future;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
-use husk_protocol::STREAM_PORT_MIN;
 use husk_protocol::messages::Stdio as Request;
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, VsockAddr, accept4, bind, getpeername,
-    listen, socket,
-};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::Shutdown;
@@ -23,12 +17,9 @@ use rustix::pipe::PipeFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
+use tokio::task::AbortHandle;
 
-/// How long a port waits for its one connection. Generous, for a host with far too many guests.
-const ACCEPT_DEADLINE: Duration = Duration::from_secs(60);
-
-/// Connections that may wait at a port, of which at most one is the host's.
-const BACKLOG: i32 = 16;
+use crate::arrivals::{Arrival, ArrivalError, Arrivals};
 
 /// Bytes that are moved at once.
 const BUFFER_BYTES: usize = 64 * 1024;
@@ -36,20 +27,12 @@ const BUFFER_BYTES: usize = 64 * 1024;
 /// Why streams can't be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
-    /// A port that is not one for streams.
-    #[error("port {0} is not one for streams: those begin at {STREAM_PORT_MIN}")]
-    PortTooLow(u32),
     /// A terminal has one stream.
     #[error("a terminal's one stream is named in stdin, stdout and stderr must be 0")]
     TerminalStreams,
-    /// The port can't be listened on.
-    #[error("cannot listen on port {port}")]
-    Listen {
-        /// The port.
-        port: u32,
-        /// Why.
-        source: io::Error,
-    },
+    /// A stream can't be expected.
+    #[error(transparent)]
+    Arrival(#[from] ArrivalError),
     /// Pipes can't be made.
     #[error("cannot make a pipe")]
     Pipe(#[source] io::Error),
@@ -58,111 +41,105 @@ pub enum StdioError {
     OpenNull(#[source] io::Error),
 }
 
-/// Where the ports of streams are.
-#[derive(Debug, Clone)]
-pub enum Ports {
-    /// In the guest: vsock.
-    Vsock,
-    /// Without a guest: sockets in a directory, named by their port's number.
-    Directory(PathBuf),
-}
-
-/// The process's side of its streams, ready to be handed to a stage.
+/// The process's side of its streams, ready to be handed to a stage. Dropped, the host's side ends.
 #[derive(Debug)]
 pub struct Streams {
     /// Standard input, output, error.
     pub fds: [OwnedFd; 3],
     /// Takes the terminal's master side, if there is to be one.
     pub terminal: Option<oneshot::Sender<Arc<AsyncFd<OwnedFd>>>>,
+    /// Those who move the bytes.
+    pub movers: Movers,
 }
 
-impl Ports {
-    /// Binds the ports that a request names and starts moving bytes.
-    pub fn open(&self, request: &Request, is_terminal: bool) -> Result<Streams, StdioError> {
-        if is_terminal {
-            return self.open_terminal(request);
+/// Tasks that move a process's bytes. Dropped, they end: there will be no process.
+#[derive(Debug, Default)]
+pub struct Movers(Vec<AbortHandle>);
+
+impl Movers {
+    fn spawn(&mut self, mover: impl Future<Output = ()> + Send + 'static) {
+        self.0.push(tokio::spawn(mover).abort_handle());
+    }
+
+    /// Leaves them to their streams, with whose ends they end.
+    pub fn let_go(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Movers {
+    fn drop(&mut self) {
+        for mover in &self.0 {
+            mover.abort();
         }
-        let stdin = self.listen(request.stdin)?;
-        let stdout = self.listen(request.stdout)?;
-        let stderr = self.listen(request.stderr)?;
+    }
+}
+
+impl Streams {
+    /// Of a process that has none.
+    pub fn none() -> Result<Streams, StdioError> {
         Ok(Streams {
-            fds: [
-                match stdin {
-                    None => null()?,
-                    Some(listener) => {
-                        let (theirs, ours) = pipe()?;
-                        tokio::spawn(feed(
-                            listener,
-                            register(ours, Interest::WRITABLE | Interest::ERROR)?,
-                        ));
-                        theirs
-                    }
-                },
-                drained(stdout)?,
-                drained(stderr)?,
-            ],
+            fds: [null()?, null()?, null()?],
             terminal: None,
+            movers: Movers::default(),
         })
     }
 
-    fn open_terminal(&self, request: &Request) -> Result<Streams, StdioError> {
+    /// Expects the streams that a request names, and moves bytes once they are there.
+    pub fn open(
+        arrivals: &Arc<Arrivals>,
+        request: &Request,
+        is_terminal: bool,
+    ) -> Result<Streams, StdioError> {
+        if is_terminal {
+            return Self::open_terminal(arrivals, request);
+        }
+        let mut movers = Movers::default();
+        let stdin = match expect(arrivals, request.stdin)? {
+            None => null()?,
+            Some(arrival) => {
+                let (theirs, ours) = pipe()?;
+                let interest = Interest::WRITABLE | Interest::ERROR;
+                movers.spawn(feed(arrival, register(ours, interest)?));
+                theirs
+            }
+        };
+        let mut output = |source| match expect(arrivals, source)? {
+            None => null(),
+            Some(arrival) => {
+                let (ours, theirs) = pipe()?;
+                movers.spawn(drain(arrival, register(ours, Interest::READABLE)?));
+                Ok(theirs)
+            }
+        };
+        Ok(Streams {
+            fds: [stdin, output(request.stdout)?, output(request.stderr)?],
+            terminal: None,
+            movers,
+        })
+    }
+
+    fn open_terminal(arrivals: &Arc<Arrivals>, request: &Request) -> Result<Streams, StdioError> {
         if request.stdout != 0 || request.stderr != 0 {
             return Err(StdioError::TerminalStreams);
         }
         let (sender, master) = oneshot::channel();
-        let listener = self.listen(request.stdin)?;
-        tokio::spawn(serve_terminal(listener, master));
+        let mut movers = Movers::default();
+        movers.spawn(serve_terminal(expect(arrivals, request.stdin)?, master));
         Ok(Streams {
-            fds: [null()?, null()?, null()?],
             terminal: Some(sender),
+            movers,
+            ..Self::none()?
         })
-    }
-
-    /// Binds the port of one stream, unless it is 0.
-    pub(crate) fn listen(&self, port: u32) -> Result<Option<AsyncFd<OwnedFd>>, StdioError> {
-        if port == 0 {
-            return Ok(None);
-        }
-        if port < STREAM_PORT_MIN {
-            return Err(StdioError::PortTooLow(port));
-        }
-        self.bind(port)
-            .map(Some)
-            .map_err(|source| StdioError::Listen { port, source })
-    }
-
-    fn bind(&self, port: u32) -> io::Result<AsyncFd<OwnedFd>> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let family = match self {
-            Ports::Vsock => AddressFamily::Vsock,
-            Ports::Directory(_) => AddressFamily::Unix,
-        };
-        let listener = socket(family, SockType::Stream, flags, None)?;
-        match self {
-            Ports::Vsock => {
-                bind(
-                    listener.as_raw_fd(),
-                    &VsockAddr::new(libc::VMADDR_CID_ANY, port),
-                )?;
-            }
-            Ports::Directory(directory) => {
-                let path = directory.join(port.to_string());
-                bind(listener.as_raw_fd(), &UnixAddr::new(&path)?)?;
-            }
-        }
-        listen(&listener, Backlog::new(BACKLOG)?)?;
-        crate::sys::register(listener, Interest::READABLE)
     }
 }
 
-/// The write end of a pipe whose bytes go to the port, or /dev/null.
-fn drained(listener: Option<AsyncFd<OwnedFd>>) -> Result<OwnedFd, StdioError> {
-    let Some(listener) = listener else {
-        return null();
-    };
-    let (ours, theirs) = pipe()?;
-    tokio::spawn(drain(listener, register(ours, Interest::READABLE)?));
-    Ok(theirs)
+/// Expects one stream, unless it is to be /dev/null.
+fn expect(arrivals: &Arc<Arrivals>, source: u32) -> Result<Option<Arrival>, ArrivalError> {
+    match source {
+        0 => Ok(None),
+        source => arrivals.expect(source).map(Some),
+    }
 }
 
 fn null() -> Result<OwnedFd, StdioError> {
@@ -184,36 +161,9 @@ pub fn nonblocking(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedF
     crate::sys::register(fd, interest)
 }
 
-/// Takes the host's one connection; the listener is closed in any case. Connections of anybody else
-/// are closed: a container may reach the guest's own ports.
-pub(crate) async fn accept(listener: AsyncFd<OwnedFd>) -> Option<AsyncFd<OwnedFd>> {
-    let accept = async {
-        loop {
-            let accepted = listener.async_io(Interest::READABLE, |listener| {
-                let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-                Ok(accept4(listener.as_raw_fd(), flags)?)
-            });
-            let socket = crate::sys::own_fd(accepted.await.ok()?);
-            if !is_of_another_guest(&socket) {
-                return Some(socket);
-            }
-        }
-    };
-    let socket = tokio::time::timeout(ACCEPT_DEADLINE, accept).await.ok()??;
-    crate::sys::register(socket, Interest::READABLE | Interest::WRITABLE).ok()
-}
-
-/// Whether a vsock connection comes from anywhere but the host.
-fn is_of_another_guest(socket: &OwnedFd) -> bool {
-    // A socket of another family has no such address: without a guest, whoever has the directory
-    // is the host.
-    getpeername::<VsockAddr>(socket.as_raw_fd())
-        .is_ok_and(|peer| peer.cid() != libc::VMADDR_CID_HOST)
-}
-
-/// Standard input: port to pipe.
-async fn feed(listener: AsyncFd<OwnedFd>, pipe: AsyncFd<OwnedFd>) {
-    let Some(socket) = accept(listener).await else {
+/// Standard input: stream to pipe.
+async fn feed(arrival: Arrival, pipe: AsyncFd<OwnedFd>) {
+    let Some(socket) = arrival.connection().await else {
         return;
     };
     tokio::select! {
@@ -223,9 +173,9 @@ async fn feed(listener: AsyncFd<OwnedFd>, pipe: AsyncFd<OwnedFd>) {
     }
 }
 
-/// Standard output or error: pipe to port.
-async fn drain(listener: AsyncFd<OwnedFd>, pipe: AsyncFd<OwnedFd>) {
-    let Some(socket) = accept(listener).await else {
+/// Standard output or error: pipe to stream.
+async fn drain(arrival: Arrival, pipe: AsyncFd<OwnedFd>) {
+    let Some(socket) = arrival.connection().await else {
         return;
     };
     // An error of either side ends both: the process then sees a closed pipe, the host an end.
@@ -233,13 +183,13 @@ async fn drain(listener: AsyncFd<OwnedFd>, pipe: AsyncFd<OwnedFd>) {
     let _ = rustix::net::shutdown(socket.get_ref(), Shutdown::Write);
 }
 
-/// A terminal: both ways on one port.
+/// A terminal: both ways on one stream.
 async fn serve_terminal(
-    listener: Option<AsyncFd<OwnedFd>>,
+    arrival: Option<Arrival>,
     master: oneshot::Receiver<Arc<AsyncFd<OwnedFd>>>,
 ) {
-    let socket = match listener {
-        Some(listener) => accept(listener).await,
+    let socket = match arrival {
+        Some(arrival) => arrival.connection().await,
         None => None,
     };
     let Ok(master) = master.await else {

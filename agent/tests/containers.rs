@@ -8,17 +8,19 @@
 
 use std::fs;
 use std::future::Future;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use husk_agent::arrivals::{Arrivals, Port};
 use husk_agent::reaper::Reaper;
 use husk_agent::sandbox::{Config, Sandbox, SandboxError};
-use husk_agent::stdio::Ports;
-use husk_protocol::STREAM_PORT_MIN;
 use husk_protocol::messages::Stdio;
+use husk_protocol::{STREAM_PORT, STREAM_SOURCE_MIN};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, socket};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -72,7 +74,7 @@ fn make_fixture() -> Result<Fixture> {
     let config = Config {
         program: env!("CARGO_BIN_EXE_husk-agent").into(),
         cgroup_parent: cgroups.join(format!("husk-test-{}", std::process::id())),
-        ports: Ports::Directory(directory.clone()),
+        arrivals: Arrivals::listen(&Port::Directory(directory.clone()))?,
     };
     let sandbox = Sandbox::new(config, Reaper::start()?);
     drop(_context);
@@ -156,7 +158,7 @@ impl Fixture {
     }
 
     fn streams(&self) -> Streams {
-        static PORT: AtomicU32 = AtomicU32::new(STREAM_PORT_MIN);
+        static PORT: AtomicU32 = AtomicU32::new(STREAM_SOURCE_MIN);
         let port = || PORT.fetch_add(1, Ordering::Relaxed);
         Streams {
             request: Stdio {
@@ -215,15 +217,27 @@ fn process(args: &[&str]) -> Value {
 }
 
 impl Streams {
-    async fn connect(&self, port: u32) -> Result<UnixStream> {
-        Ok(UnixStream::connect(self.directory.join(port.to_string())).await?)
+    /// Connects as the host does: the peer's port says which stream it is.
+    fn connect(&self, source: u32) -> Result<UnixStream> {
+        let socket = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        let place = |port: u32| self.directory.join(port.to_string());
+        bind(socket.as_raw_fd(), &UnixAddr::new(&place(source))?)?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(&place(STREAM_PORT))?)?;
+        let stream = std::os::unix::net::UnixStream::from(socket);
+        stream.set_nonblocking(true)?;
+        Ok(UnixStream::from_std(stream)?)
     }
 
     /// Sends the input, reads both outputs to their ends.
     async fn exchange(&self, input: &[u8]) -> Result<(Vec<u8>, Vec<u8>)> {
-        let mut stdin = self.connect(self.request.stdin).await?;
-        let mut stdout = self.connect(self.request.stdout).await?;
-        let mut stderr = self.connect(self.request.stderr).await?;
+        let mut stdin = self.connect(self.request.stdin)?;
+        let mut stdout = self.connect(self.request.stdout)?;
+        let mut stderr = self.connect(self.request.stderr)?;
         let (mut out, mut err) = (Vec::new(), Vec::new());
         tokio::try_join!(
             async {
@@ -581,7 +595,7 @@ fn terminal_has_its_size_and_ends_with_the_process() {
         let mut streams = fixture.streams();
         (streams.request.stdout, streams.request.stderr) = (0, 0);
         container.create(&spec, &streams.request).await?;
-        let mut terminal = streams.connect(streams.request.stdin).await?;
+        let mut terminal = streams.connect(streams.request.stdin)?;
         container.start().await?;
         let mut seen = String::new();
         while !seen.contains("/dev/pts/0\r\n") {
@@ -600,7 +614,7 @@ fn terminal_has_its_size_and_ends_with_the_process() {
 }
 
 #[test]
-fn stream_port_below_the_range_is_refused() {
+fn stream_from_a_port_below_the_range_is_refused() {
     let Some(fixture) = fixture() else { return };
     fixture.run(async {
         let stdio = Stdio {

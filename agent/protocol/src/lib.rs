@@ -9,9 +9,13 @@ pub const PROTOCOL_VERSION: u32 = 2;
 /// vsock port on the host (CID 2) that the agent connects to.
 pub const AGENT_PORT: u32 = 1024;
 
-/// First vsock port in the guest that may be named for a stream; they count up and are never
-/// used again.
-pub const STREAM_PORT_MIN: u32 = 0x1_0000;
+/// vsock port in the guest at which all streams arrive. The agent has it before there is a container,
+/// and takes connections of the host's CID only.
+pub const STREAM_PORT: u32 = 1025;
+
+/// First vsock port of the host from which a stream may come. They count up and are never used again:
+/// the port that a connection comes from says which stream it is.
+pub const STREAM_SOURCE_MIN: u32 = 0x1_0000;
 
 /// Tag of the virtio-fs device that holds the pod's shared directory.
 pub const SHARED_TAG: &str = "husk";

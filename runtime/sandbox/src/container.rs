@@ -27,6 +27,7 @@ use crate::{ContainerError, Role, Sandbox};
 
 use calls::wait_request;
 use files::ContainerFiles;
+pub(crate) use streams::SourcePorts;
 use streams::check_io;
 pub use streams::{Drained, ProcessIo};
 pub(crate) use table::Containers;
@@ -216,14 +217,14 @@ impl Sandbox {
         mut request: messages::CreateContainerRequest,
         io: ProcessIo,
     ) -> Result<u32, ContainerError> {
-        let ports = self.allot_ports(&io);
-        request.stdio = Some(ports.clone()).into();
+        let sources = self.allot_sources(&io)?;
+        request.stdio = Some(sources.clone()).into();
         let response = self
             .call("create container", |client| async move {
                 client.create_container(context(), &request).await
             })
             .await?;
-        if let Err(error) = self.connect_streams(id, INIT, &ports, io).await {
+        if let Err(error) = self.connect_streams(id, INIT, &sources, io).await {
             self.discard_in_guest(id).await;
             return Err(error);
         }
@@ -283,17 +284,17 @@ impl Sandbox {
         process_json: Vec<u8>,
         io: ProcessIo,
     ) -> Result<(), ContainerError> {
-        let ports = self.allot_ports(&io);
+        let sources = self.allot_sources(&io)?;
         let mut request = messages::CreateProcessRequest::new();
         container.clone_into(&mut request.container_id);
         exec_id.clone_into(&mut request.exec_id);
         request.process_json = process_json;
-        request.stdio = Some(ports.clone()).into();
+        request.stdio = Some(sources.clone()).into();
         self.call("create process", |client| async move {
             client.create_process(context(), &request).await
         })
         .await?;
-        let connected = self.connect_streams(container, exec_id, &ports, io).await;
+        let connected = self.connect_streams(container, exec_id, &sources, io).await;
         if connected.is_err() {
             // It never ran: the agent only has to forget it.
             let _ = self.delete_process_in_guest(container, exec_id).await;

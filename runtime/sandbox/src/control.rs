@@ -152,15 +152,18 @@ impl Control {
         }
     }
 
-    /// Connects a port of the guest to descriptors. Answers once the guest has accepted.
+    /// Connects a port of the guest to descriptors, from a port of the host that no other connection
+    /// has. Answers once the guest has accepted.
     pub(crate) async fn connect(
         &self,
         port: u32,
+        host_port: u32,
         source: Option<&OwnedFd>,
         sink: Option<&OwnedFd>,
     ) -> Result<StreamEnd, CallError> {
         let connect = Connect {
             port,
+            host_port,
             stream: 0,
             source: source.is_some(),
             sink: sink.is_some(),
@@ -170,14 +173,16 @@ impl Control {
         self.connect_as(connect, &descriptors).await
     }
 
-    /// Connects a port of the guest to a socket, both ways. Answers once the guest has accepted.
+    /// The same with a socket, both ways.
     pub(crate) async fn connect_socket(
         &self,
         port: u32,
+        host_port: u32,
         socket: &OwnedFd,
     ) -> Result<StreamEnd, CallError> {
         let connect = Connect {
             port,
+            host_port,
             stream: 0,
             source: false,
             sink: false,
@@ -318,6 +323,8 @@ impl Drop for ForgetReply<'_> {
 mod tests {
     use std::thread;
 
+    use husk_vmm_control::HOST_PORT_MIN;
+
     use super::*;
 
     fn pair() -> (Control, Reader, oneshot::Receiver<Launched>, Channel) {
@@ -366,7 +373,7 @@ mod tests {
             vmm.send(&reply, &[]).unwrap();
             vmm.receive::<Request>().unwrap();
         });
-        let mut end = control.connect(1, None, None).await.unwrap();
+        let mut end = control.connect(1, HOST_PORT_MIN, None, None).await.unwrap();
         assert!(matches!(
             control.call(Call::Pause, &[]).await,
             Err(CallError::HungUp)
@@ -405,7 +412,7 @@ mod tests {
             }
             vmm
         });
-        let mut end = control.connect(1, None, None).await.unwrap();
+        let mut end = control.connect(1, HOST_PORT_MIN, None, None).await.unwrap();
         while end.changed().await.is_ok() {}
         assert_eq!(end.borrow().failure.as_deref(), Some("full"));
         assert_eq!(end.borrow().first_us, 5);

@@ -202,6 +202,9 @@ pub enum ContainerError {
         /// The VMM's words.
         text: String,
     },
+    /// The virtual machine has had as many streams as there are ports for.
+    #[error("the virtual machine has had all the streams it can have in its life")]
+    StreamsUsedUp,
     /// The virtual machine is gone, and the container with it.
     #[error("the virtual machine has ended: {0}")]
     VmGone(VmEnd),
@@ -224,7 +227,7 @@ impl ContainerError {
             Self::AlreadyExists { .. } => ErrorKind::AlreadyExists,
             Self::Invalid { .. } | Self::Spec(_) => ErrorKind::InvalidArgument,
             Self::Disk(_) => ErrorKind::FailedPrecondition,
-            Self::VmGone(_) => ErrorKind::Unavailable,
+            Self::VmGone(_) | Self::StreamsUsedUp => ErrorKind::Unavailable,
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::Mount(_)
             | Self::Hook(_)

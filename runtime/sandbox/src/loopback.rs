@@ -9,7 +9,6 @@ use std::io;
 use std::net::TcpListener as StdListener;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use husk_netlink::loopback;
@@ -116,8 +115,8 @@ impl Sandbox {
     async fn connect_port(&self, port: u16, socket: &OwnedFd) -> Result<(), ContainerError> {
         let mut request = messages::ForwardPortRequest::new();
         request.tcp_port = port.into();
-        request.stream_port = self.ports.fetch_add(1, Ordering::Relaxed);
-        let stream_port = request.stream_port;
+        let stream = self.sources.next()?;
+        request.stream = stream;
         let dial = self.agent.call(
             &self.vmm,
             "forward port",
@@ -125,7 +124,7 @@ impl Sandbox {
             |client| async move { client.forward_port(context(), &request).await },
         );
         dial.await?;
-        let connected = self.vmm.connect_socket(stream_port, socket).await;
+        let connected = self.vmm.connect_socket(stream, socket).await;
         let mut end = connected.map_err(|text| ContainerError::Vmm {
             call: "connect a forwarded port",
             text,

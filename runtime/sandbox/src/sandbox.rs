@@ -4,19 +4,17 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU32;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use husk_netlink::Monitor;
-use husk_protocol::STREAM_PORT_MIN;
 use husk_protocol::messages::HelloResponse;
 use husk_vmm_control::{BootConfig, NetConfig, monotonic_us};
 use tokio::time::timeout;
 
 use crate::agent::Agent;
 use crate::changes::Teller;
-use crate::container::Containers;
+use crate::container::{Containers, SourcePorts};
 use crate::disks::Disks;
 use crate::error::{cap_text, describe};
 use crate::netns::Netns;
@@ -78,8 +76,7 @@ pub struct Sandbox {
     pub(crate) monitor: Mutex<Option<Monitor>>,
     pub(crate) agent: Agent,
     pub(crate) disks: tokio::sync::Mutex<Disks>,
-    /// The next port for a stream. Never counts back.
-    pub(crate) ports: AtomicU32,
+    pub(crate) sources: SourcePorts,
     /// Read by all that mount something, so that the end can wait for them.
     pub(crate) creating: tokio::sync::RwLock<()>,
     guest: GuestInfo,
@@ -203,7 +200,7 @@ impl Sandbox {
             network: tokio::sync::Mutex::new(devices),
             agent,
             disks: tokio::sync::Mutex::new(Disks::new(config.disk_slots)),
-            ports: AtomicU32::new(STREAM_PORT_MIN),
+            sources: SourcePorts::default(),
             creating: tokio::sync::RwLock::default(),
             containers: Mutex::default(),
             memory_volumes: Mutex::new(MemoryVolumes::new(&config.id)),

@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use std::{fs, io};
 
+use husk_protocol::STREAM_PORT;
 use husk_vmm_control::{
     Answer, BootConfig, BootTimes, Call, Channel, DiskConfig, ExitReason, PlugDisk, PlugNet,
 };
@@ -248,23 +249,24 @@ impl Vmm {
         }
     }
 
-    /// Connects a port of the guest. The error is a sentence for people.
+    /// Connects the agent's port for streams, from a port of the host that is used once. The error is
+    /// a sentence for people.
     pub(crate) async fn connect(
         &self,
-        port: u32,
+        host_port: u32,
         source: Option<&OwnedFd>,
         sink: Option<&OwnedFd>,
     ) -> Result<StreamEnd, String> {
-        answered(self.control.connect(port, source, sink)).await
+        answered(self.control.connect(STREAM_PORT, host_port, source, sink)).await
     }
 
-    /// Connects a port of the guest to a socket, both ways. The error is a sentence for people.
+    /// The same with a socket, both ways.
     pub(crate) async fn connect_socket(
         &self,
-        port: u32,
+        host_port: u32,
         socket: &OwnedFd,
     ) -> Result<StreamEnd, String> {
-        answered(self.control.connect_socket(port, socket)).await
+        answered(self.control.connect_socket(STREAM_PORT, host_port, socket)).await
     }
 
     /// Plugs a tap into a network device, or pulls it out. The error is a sentence for people.

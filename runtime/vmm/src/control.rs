@@ -307,6 +307,7 @@ impl<G: Guest> Control<'_, G> {
         };
         let asked = self.vsock.connect(VsockConnect {
             port: connect.port,
+            host_port: connect.host_port,
             stream,
             descriptors,
         });

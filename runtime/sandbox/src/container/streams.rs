@@ -1,10 +1,12 @@
 //! The streams of a process: given to the VMM, drained, closed.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use husk_protocol::STREAM_SOURCE_MIN;
 use husk_protocol::messages::Stdio;
+use husk_vmm_control::{HOST_PORT_MAX, HOST_PORT_MIN};
 use tokio::time::{Instant, timeout_at};
 
 use crate::control::StreamEnd;
@@ -25,6 +27,33 @@ pub struct ProcessIo {
     pub stderr: Option<OwnedFd>,
     /// The process has a terminal. Must agree with the spec's `process.terminal`.
     pub terminal: bool,
+}
+
+/// The host's ports from which streams come. Each is used once in the life of a virtual machine, so
+/// that no connection, however late, can be taken for another.
+#[derive(Debug)]
+pub(crate) struct SourcePorts(AtomicU32);
+
+const _: () = assert!(STREAM_SOURCE_MIN >= HOST_PORT_MIN);
+
+impl Default for SourcePorts {
+    fn default() -> Self {
+        Self(AtomicU32::new(STREAM_SOURCE_MIN))
+    }
+}
+
+impl SourcePorts {
+    /// A port that has never been used.
+    ///
+    /// # Errors
+    /// [`ContainerError::StreamsUsedUp`]
+    pub(crate) fn next(&self) -> Result<u32, ContainerError> {
+        let after = |port| (port <= HOST_PORT_MAX).then(|| port + 1);
+        let next = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, after);
+        next.map_err(|_| ContainerError::StreamsUsedUp)
+    }
 }
 
 /// How the process's output ended.
@@ -103,42 +132,42 @@ impl Sandbox {
     }
 
     /// Ports for the streams that are there.
-    pub(super) fn allot_ports(&self, io: &ProcessIo) -> Stdio {
-        let mut ports = Stdio::new();
-        let next = || self.ports.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn allot_sources(&self, io: &ProcessIo) -> Result<Stdio, ContainerError> {
+        let mut sources = Stdio::new();
         if io.stdin.is_some() || (io.terminal && io.stdout.is_some()) {
-            ports.stdin = next();
+            sources.stdin = self.sources.next()?;
         }
         if !io.terminal && io.stdout.is_some() {
-            ports.stdout = next();
+            sources.stdout = self.sources.next()?;
         }
         if !io.terminal && io.stderr.is_some() {
-            ports.stderr = next();
+            sources.stderr = self.sources.next()?;
         }
-        ports
+        Ok(sources)
     }
 
-    /// Gives the streams to the VMM, which connects them to the ports on which the agent listens.
+    /// Gives the streams to the VMM, which connects each from its port. The agent expects them, since
+    /// it has answered the request that names these.
     pub(super) async fn connect_streams(
         &self,
         container: &str,
         exec_id: &str,
-        ports: &Stdio,
+        sources: &Stdio,
         io: ProcessIo,
     ) -> Result<(), ContainerError> {
         let mut outputs = Vec::new();
         if io.terminal {
-            if ports.stdin != 0 {
+            if sources.stdin != 0 {
                 let both = (io.stdin.as_ref(), io.stdout.as_ref());
-                outputs.push(self.connect(ports.stdin, both.0, both.1).await?);
+                outputs.push(self.connect(sources.stdin, both.0, both.1).await?);
             }
         } else {
-            if ports.stdin != 0 {
-                self.connect(ports.stdin, io.stdin.as_ref(), None).await?;
+            if sources.stdin != 0 {
+                self.connect(sources.stdin, io.stdin.as_ref(), None).await?;
             }
-            for (port, sink) in [(ports.stdout, &io.stdout), (ports.stderr, &io.stderr)] {
-                if port != 0 {
-                    outputs.push(self.connect(port, None, sink.as_ref()).await?);
+            for (host_port, sink) in [(sources.stdout, &io.stdout), (sources.stderr, &io.stderr)] {
+                if host_port != 0 {
+                    outputs.push(self.connect(host_port, None, sink.as_ref()).await?);
                 }
             }
         }
@@ -151,11 +180,11 @@ impl Sandbox {
 
     async fn connect(
         &self,
-        port: u32,
+        host_port: u32,
         source: Option<&OwnedFd>,
         sink: Option<&OwnedFd>,
     ) -> Result<StreamEnd, ContainerError> {
-        let connected = self.vmm.connect(port, source, sink).await;
+        let connected = self.vmm.connect(host_port, source, sink).await;
         connected.map_err(|text| match self.vmm.end() {
             Some(end) => ContainerError::VmGone(end),
             None => ContainerError::Vmm {
@@ -182,6 +211,19 @@ pub(super) fn check_io(io: &ProcessIo, has_terminal: bool) -> Result<(), Contain
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ports_of_streams_are_used_once() {
+        let sources = SourcePorts::default();
+        assert_eq!(sources.next().unwrap(), STREAM_SOURCE_MIN);
+        assert_eq!(sources.next().unwrap(), STREAM_SOURCE_MIN + 1);
+
+        let last = SourcePorts(AtomicU32::new(HOST_PORT_MAX));
+        assert_eq!(last.next().unwrap(), HOST_PORT_MAX);
+        for _ in 0..2 {
+            assert!(matches!(last.next(), Err(ContainerError::StreamsUsedUp)));
+        }
+    }
 
     #[test]
     fn terminal_must_be_agreed_on() {

@@ -107,6 +107,10 @@ pub struct NetConfig {
     pub mac: Option<[u8; 6]>,
 }
 
+/// Least [`Connect::host_port`]; those below are for services of the host.
+pub const HOST_PORT_MIN: u32 = 0x1_0000;
+/// Greatest [`Connect::host_port`]: the number above means "any".
+pub const HOST_PORT_MAX: u32 = u32::MAX - 1;
 /// Most network devices of a machine.
 pub const NET_DEVICES_MAX: usize = 8;
 /// Most disks of a machine.
@@ -160,6 +164,10 @@ pub struct DiskConfig {
 pub struct Connect {
     /// The port on which the guest listens.
     pub port: u32,
+    /// The port from which the guest sees the connection come: [`HOST_PORT_MIN`] to
+    /// [`HOST_PORT_MAX`], and of no other connection. The guest tells connections apart by it, so a
+    /// parent is wise to use none twice.
+    pub host_port: u32,
     /// The parent's name for the connection, carried by [`Event::StreamClosed`].
     pub stream: u64,
     /// A descriptor is sent whose bytes go to the guest; its end closes the guest's input.

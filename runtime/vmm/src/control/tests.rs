@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
+use husk_vmm_control::HOST_PORT_MIN;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
@@ -155,6 +156,7 @@ impl Parent {
 fn connect(stream: u64) -> Connect {
     Connect {
         port: 0x10000,
+        host_port: HOST_PORT_MIN,
         stream,
         source: false,
         sink: false,

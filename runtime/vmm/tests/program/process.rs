@@ -5,7 +5,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 
-use husk_vmm_control::{Answer, Call, Connect, ExitReason, MEMORY_MIB_MIN};
+use husk_vmm_control::{Answer, Call, Connect, ExitReason, HOST_PORT_MIN, MEMORY_MIB_MIN};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
@@ -144,6 +144,7 @@ fn connection_before_the_start_is_refused() {
 
     let refused = parent.ask(Call::Connect(Connect {
         port: 1,
+        host_port: HOST_PORT_MIN,
         stream: 1,
         source: false,
         sink: false,

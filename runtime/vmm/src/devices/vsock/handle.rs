@@ -29,6 +29,8 @@ pub const CONNECTS_WAITING_MAX: usize = 256;
 pub struct Connect {
     /// The port on which the guest listens.
     pub port: u32,
+    /// Our port of the connection, by which the guest may tell it from others.
+    pub host_port: u32,
     /// The caller's name for the connection; every event about it carries the name.
     pub stream: u64,
     /// What to tie to the guest's socket.
@@ -127,6 +129,12 @@ pub enum Refusal {
     TooMany {
         /// The limit.
         max: usize,
+    },
+    /// Our port is not one for connections, or another connection has it.
+    #[error("the host's vsock port {port} is in use, or none for connections")]
+    HostPort {
+        /// See [`Connect::host_port`].
+        port: u32,
     },
     /// The descriptor can't be served.
     #[error("cannot use the {which} descriptor: {why}")]
@@ -343,6 +351,8 @@ fn drain(fd: &OwnedFd) {
 mod tests {
     use std::fs::File;
 
+    use husk_vmm_control::HOST_PORT_MIN;
+
     use super::*;
 
     #[test]
@@ -355,6 +365,7 @@ mod tests {
         };
         let connect = Connect {
             port: 9,
+            host_port: HOST_PORT_MIN,
             stream: 5,
             descriptors,
         };

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use husk_vmm_control::{HOST_PORT_MAX, HOST_PORT_MIN};
 use rustix::event::epoll::EventFlags;
 
 use super::connection::{Connection, Ends, Owner, Phase, Pumped, Reaction};
@@ -20,11 +21,6 @@ use super::{AGENT_PORT, CONNECTIONS_MAX, GUEST_CID, HOST_CID, RESETS_WAITING_MAX
 /// How long the guest may take to confirm the end of a connection. Linux gives its peers the same
 /// (`VSOCK_CLOSE_TIMEOUT`).
 pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
-
-/// The first of our ports; those below are for services.
-const LOCAL_PORT_FIRST: u32 = 0x1_0000;
-/// The last of our ports; the one above means "any".
-const LOCAL_PORT_LAST: u32 = u32::MAX - 1;
 
 /// See the module.
 pub(super) struct Muxer {
@@ -39,7 +35,6 @@ pub(super) struct Muxer {
     deadlines: BTreeSet<(Instant, u32)>,
     /// The stream for the agent until it comes for it.
     agent: Option<OwnedFd>,
-    next_port: u32,
 }
 
 impl Muxer {
@@ -52,7 +47,6 @@ impl Muxer {
             resets: VecDeque::new(),
             deadlines: BTreeSet::new(),
             agent,
-            next_port: LOCAL_PORT_FIRST,
         }
     }
 
@@ -61,6 +55,7 @@ impl Muxer {
         let Request { connect, overdue } = request;
         let Connect {
             port,
+            host_port,
             stream,
             descriptors,
         } = connect;
@@ -68,7 +63,10 @@ impl Muxer {
             let max = CONNECTIONS_MAX;
             return self.refuse(stream, Refusal::TooMany { max });
         }
-        let host_port = self.free_port();
+        let is_for_connections = (HOST_PORT_MIN..=HOST_PORT_MAX).contains(&host_port);
+        if !is_for_connections || self.connections.contains_key(&host_port) {
+            return self.refuse(stream, Refusal::HostPort { port: host_port });
+        }
         let ends = match self.adopt(descriptors, host_port) {
             Ok(ends) => ends,
             Err(why) => return self.refuse(stream, why),
@@ -406,21 +404,6 @@ impl Muxer {
                 source: source.map(|fd| adopt(fd, Side::Source)).transpose()?,
                 sink: sink.map(|fd| adopt(fd, Side::Sink)).transpose()?,
             }),
-        }
-    }
-
-    /// A port of ours that no connection has. There is one, because ports are many more than
-    /// connections; one that was used lately is not used again, so that late packets find nothing.
-    fn free_port(&mut self) -> u32 {
-        loop {
-            let port = self.next_port;
-            self.next_port = match port {
-                LOCAL_PORT_LAST => LOCAL_PORT_FIRST,
-                _ => port + 1,
-            };
-            if !self.connections.contains_key(&port) {
-                return port;
-            }
         }
     }
 

@@ -37,6 +37,7 @@ fn bench() -> Bench {
     let start = Instant::now();
     let connect = Connect {
         port: LISTENING,
+        host_port: HOST_PORT,
         stream: 5,
         descriptors: Descriptors::Duplex(end.into()),
     };

@@ -51,6 +51,7 @@ fn descriptors_that_carry_no_stream_are_refused() {
         let mut guest = Guest::new();
         let connect = Connect {
             port: LISTENING,
+            host_port: host_port(5),
             stream: 5,
             descriptors,
         };

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-use husk_vmm_control::monotonic_us;
+use husk_vmm_control::{HOST_PORT_MIN, monotonic_us};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -24,6 +24,11 @@ pub(super) const GUEST_BUF_ALLOC: u32 = 128 * 1024;
 
 /// The port on which the fake guest listens.
 pub(super) const LISTENING: u32 = 0x1_2345;
+
+/// The port of ours that the connection of that name has.
+pub(super) fn host_port(stream: u64) -> u32 {
+    HOST_PORT_MIN + u32::try_from(stream).unwrap()
+}
 
 static FILTERS: OnceLock<Filters> = OnceLock::new();
 
@@ -233,9 +238,9 @@ impl Guest {
 
     /// A connection from the host, not yet answered.
     pub(super) fn request(&mut self, stream: u64, descriptors: Descriptors) -> Socket {
-        let port = LISTENING;
         let connect = Connect {
-            port,
+            port: LISTENING,
+            host_port: host_port(stream),
             stream,
             descriptors,
         };
@@ -244,6 +249,7 @@ impl Guest {
         assert_eq!((header.src_cid, header.dst_cid), (HOST_CID, GUEST_CID));
         assert_eq!(header.buf_alloc, RECEIVE_BUFFER_BYTES);
         assert_eq!(header.dst_port, LISTENING);
+        assert_eq!(header.src_port, host_port(stream));
         Socket {
             guest_port: LISTENING,
             host_port: header.src_port,

@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
+use husk_vmm_control::HOST_PORT_MIN;
+
 use super::super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::super::*;
 use super::driver::*;
@@ -242,11 +244,37 @@ fn packet_for_another_port_of_the_guest_does_not_reach_the_connection() {
 }
 
 #[test]
+fn port_of_ours_that_is_in_use_or_none_is_refused() {
+    let mut guest = Guest::new();
+    let (socket, _host) = guest.connect_duplex(5);
+    for host_port in [socket.host_port, 0, AGENT_PORT, HOST_PORT_MIN - 1, u32::MAX] {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let connect = Connect {
+            port: LISTENING,
+            host_port,
+            stream: 6,
+            descriptors: sink(null),
+        };
+        guest.handle.connect(connect).unwrap();
+
+        let why = Refusal::HostPort { port: host_port };
+        assert_eq!(guest.event(), VsockEvent::Refused { stream: 6, why });
+    }
+
+    guest.send(&socket.shutdown(SHUTDOWN_BOTH), &[]);
+    guest.expect(Op::Reset);
+    assert_eq!(guest.event(), closed(5, 0, 0));
+    // Of a connection that is over it may be had again, though nobody should.
+    guest.connect_duplex(5);
+}
+
+#[test]
 fn request_waits_for_rx_buffers() {
     let mut guest = Guest::with_rx_buffers(0);
     let (_host, end) = UnixStream::pair().unwrap();
     let connect = Connect {
         port: LISTENING,
+        host_port: host_port(5),
         stream: 5,
         descriptors: Descriptors::Duplex(end.into()),
     };
@@ -264,6 +292,7 @@ fn request_made_before_the_driver_is_up_is_sent_when_it_is() {
     let (_host, end) = UnixStream::pair().unwrap();
     let connect = Connect {
         port: LISTENING,
+        host_port: host_port(5),
         stream: 5,
         descriptors: Descriptors::Duplex(end.into()),
     };
@@ -283,6 +312,7 @@ fn too_many_requests_before_the_driver_is_up_are_not_taken() {
         let descriptors = source(null);
         handle.connect(Connect {
             port: LISTENING,
+            host_port: host_port(stream),
             stream,
             descriptors,
         })
@@ -352,6 +382,7 @@ fn connection_beyond_the_limit_is_refused() {
     let null = std::fs::File::open("/dev/null").unwrap();
     let connect = Connect {
         port: LISTENING,
+        host_port: host_port(7777),
         stream: 7777,
         descriptors: sink(null),
     };

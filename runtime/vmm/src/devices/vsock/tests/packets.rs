@@ -300,6 +300,7 @@ fn flood_of_bad_packets_stops_at_the_limit_and_goes_on_with_rx_buffers() {
         let directory = std::fs::File::open("/").unwrap();
         let connect = Connect {
             port: LISTENING,
+            host_port: host_port(stream),
             stream,
             descriptors: source(directory),
         };
