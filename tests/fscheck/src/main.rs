@@ -8,6 +8,7 @@
 mod checks;
 mod harness;
 mod mapping;
+mod squat;
 mod watch;
 
 use std::path::PathBuf;
@@ -42,6 +43,13 @@ fn main() -> ExitCode {
                     return usage("--watch needs a directory and a name");
                 };
                 return match watch::watch(directory.as_ref(), &last.to_string_lossy()) {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(error) => usage(&error.to_string()),
+                };
+            }
+            // For another: what a container can do to the streams of others.
+            Some("--squat") => {
+                return match squat::squat() {
                     Ok(()) => ExitCode::SUCCESS,
                     Err(error) => usage(&error.to_string()),
                 };

@@ -81,7 +81,7 @@ impl Fifo {
 pub(crate) struct Fifos {
     pub(crate) stdin: Fifo,
     pub(crate) stdout: Fifo,
-    stderr: Fifo,
+    pub(crate) stderr: Fifo,
     /// Nobody says anything there, but runc's shim waits for somebody who listens.
     _listener: Reader,
 }

@@ -26,6 +26,7 @@ mod spec_seccomp;
 mod stdio;
 mod task_api;
 mod tasks;
+mod vsock;
 
 use anyhow::Result;
 
@@ -147,6 +148,9 @@ pub(crate) const ALL: &[Scenario] = &[
     both("task_api_codes", |ctr| task_api::codes(ctr)).core(),
     both("events_in_order", |ctr| ends::events_in_order(ctr)).core(),
     both("streams", |ctr| stdio::streams(ctr)),
+    husk("streams_out_of_reach", |ctr| {
+        vsock::streams_out_of_reach(ctr)
+    }),
     both("many_execs", |ctr| stdio::many_execs(ctr)).full(),
     both("very_many_execs", |ctr| stdio::very_many_execs(ctr)).full(),
     both("orphans", |ctr| orphans::orphans(ctr)),
