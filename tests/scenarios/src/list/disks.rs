@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use husk_cri::messages::{ContainerConfig, Device};
-use husk_cri::{container, pod};
+use husk_cri::{Pod, container, pod};
 use serde_json::{Value, json};
 
 use crate::ctr::Ctr;
@@ -292,6 +292,32 @@ fn in_a_pod(ctr: &Ctr, place: &Path) -> Result<()> {
         let c = kubelet.start(pod, c)?;
         let read = kubelet.shell(&c, "echo now | dd of=/dev/c 2>/dev/null; head -n 1 /dev/c")?;
         ensure!(read == "now", "it is {read:?}");
+        if ctr.is_husk() {
+            more_than_slots(kubelet, pod, place)?;
+        }
         Ok(())
     })
+}
+
+/// A pod that has one has no more than three more; of a container that can't have all, none stays.
+fn more_than_slots(kubelet: &Kubelet, pod: &Pod, place: &Path) -> Result<()> {
+    let mut disks = Vec::new();
+    for name in ["one", "two", "three", "four"] {
+        disks.push(Loop::with(&place.join(name), name)?);
+    }
+    let paths = disks.iter().enumerate();
+    let devices = paths.map(|(index, disk)| disk.for_pod(&format!("/dev/d{index}"), "rw"));
+    let wanted = ContainerConfig {
+        devices: devices.collect(),
+        ..container("d", &["true"])
+    };
+    let id = kubelet.cri.create_container(pod, wanted)?;
+    let refused = kubelet.cri.start_container(&id);
+    let text = format!("{:#}", refused.err().context("it has more than slots")?);
+    ensure!(text.contains("slots for block devices"), "it says {text:?}");
+    kubelet.cri.remove_container(&id)?;
+    for disk in &disks {
+        ensure!(!disk.is_with_vmm()?, "the pod has {:?} still", disk.0);
+    }
+    Ok(())
 }
