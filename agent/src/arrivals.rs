@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use husk_protocol::{STREAM_PORT, STREAM_SOURCE_MIN};
+use husk_protocol::{LAUNCH_DEADLINE, STREAM_PORT, STREAM_SOURCE_MIN};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, VsockAddr, accept4, bind, getpeername,
@@ -25,9 +25,9 @@ use tokio::sync::oneshot;
 
 use crate::container::lock;
 
-/// How long a stream is expected. Generous: it begins before a launch, which the host awaits before it
-/// connects.
-const ARRIVAL_DEADLINE: Duration = Duration::from_secs(180);
+/// How long a stream is expected. It begins before a launch, whose end the host awaits before it
+/// connects, and it may connect three.
+const ARRIVAL_DEADLINE: Duration = LAUNCH_DEADLINE.saturating_add(Duration::from_secs(90));
 
 /// Until the next try where the kernel has no memory or descriptors for a connection: nothing tells
 /// when it has some again, and the connection waits.

@@ -20,7 +20,7 @@ use crate::devices;
 use crate::oci::{Memory, Resources};
 
 /// How long a cgroup may take to freeze, thaw or become empty.
-const SETTLE_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const SETTLE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Longest file of figures.
 const FILE_BYTES_MAX: usize = 64 * 1024;

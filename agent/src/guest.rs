@@ -14,7 +14,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures::StreamExt;
-use husk_protocol::{AGENT_PORT, POWER_OFF, POWER_PORT, SHARED_DIR, SHARED_TAG, STREAM_PORT};
+use husk_protocol::{
+    AGENT_PORT, LAUNCH_DEADLINE, POWER_OFF, POWER_PORT, SHARED_DIR, SHARED_TAG, STREAM_PORT,
+};
 use nix::mount::{MsFlags, mount};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
@@ -116,6 +118,7 @@ fn run(started_at_ns: u64) -> Result<(), GuestError> {
         program: PathBuf::from("/proc/self/exe"),
         cgroup_parent: Path::new(CGROUPS).join("pod"),
         arrivals,
+        launch_deadline: LAUNCH_DEADLINE,
     };
     let sandbox = Arc::new(Sandbox::new(config, reaper));
     let served = serve(host, Service::new(sandbox, times));

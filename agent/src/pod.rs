@@ -11,7 +11,7 @@ use husk_protocol::messages::{MemoryVolume, PreparePodRequest};
 use nix::mount::{MsFlags, mount};
 use tokio::sync::OnceCell;
 
-use crate::launch::{LaunchError, launch};
+use crate::launch::{Deadline, LaunchError, launch};
 use crate::oci::Process;
 use crate::plan::{Place, Plan};
 use crate::reaper::Reaper;
@@ -76,6 +76,7 @@ impl Pod {
         request: &PreparePodRequest,
         program: &Path,
         reaper: &Arc<Reaper>,
+        deadline: Deadline,
     ) -> Result<Option<i32>, PodError> {
         if request.volumes.len() > VOLUMES_MAX {
             return Err(PodError::TooManyVolumes);
@@ -95,7 +96,7 @@ impl Pod {
         if !request.shares_pids {
             return Ok(None);
         }
-        let pause = || launch_pause(program, reaper);
+        let pause = || launch_pause(program, reaper, deadline);
         Ok(Some(*self.pause.get_or_try_init(pause).await?))
     }
 }
@@ -153,7 +154,11 @@ fn sysctl_path(name: &str) -> Result<PathBuf, PodError> {
 }
 
 /// Starts process 1 of a new PID namespace.
-async fn launch_pause(program: &Path, reaper: &Arc<Reaper>) -> Result<i32, PodError> {
+async fn launch_pause(
+    program: &Path,
+    reaper: &Arc<Reaper>,
+    deadline: Deadline,
+) -> Result<i32, PodError> {
     let plan = Plan {
         process: Process {
             oom_score_adj: Some(PAUSE_OOM_SCORE_ADJ),
@@ -167,9 +172,9 @@ async fn launch_pause(program: &Path, reaper: &Arc<Reaper>) -> Result<i32, PodEr
     };
     // Without ports they are all /dev/null.
     let streams = Streams::none()?;
-    let launched = launch(program, reaper, &plan, streams).await?;
+    let launched = launch(program, reaper, &plan, streams, deadline).await?;
     let pid = launched.pid;
-    launched.start().await?;
+    launched.start(deadline).await?;
     Ok(pid)
 }
 

@@ -6,15 +6,17 @@ use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use husk_protocol::UNDO_DEADLINE;
 use husk_protocol::messages::{ForwardPortRequest, PreparePodRequest, Stdio};
 use rustix::process::Signal;
 
 use crate::arrivals::Arrivals;
-use crate::cgroup::{Cgroup, CgroupError};
+use crate::cgroup::{Cgroup, CgroupError, SETTLE_DEADLINE};
 use crate::container::{Common, Container, Ending, Process, lock};
 use crate::forward::{ForwardError, forward};
-use crate::launch::{LaunchError, launch};
+use crate::launch::{Deadline, END_DEADLINE, LaunchError, launch};
 use crate::oci::{self, NamespaceKind, Resources, Spec};
 use crate::plan::{Place, Plan, StartHooks};
 use crate::pod::{Pod, PodError};
@@ -93,7 +95,15 @@ pub struct Config {
     pub cgroup_parent: PathBuf,
     /// Where the host's streams arrive.
     pub arrivals: Arc<Arrivals>,
+    /// How long a launch may take: [`husk_protocol::LAUNCH_DEADLINE`] but for tests.
+    pub launch_deadline: Duration,
 }
+
+// The stage and its process end one after the other, and then the cgroup.
+const _: () = assert!(
+    2 * END_DEADLINE.as_secs() + SETTLE_DEADLINE.as_secs() < UNDO_DEADLINE.as_secs(),
+    "a host that waits as long as it is told hears of every launch"
+);
 
 /// The pod.
 #[derive(Debug)]
@@ -122,7 +132,15 @@ impl Sandbox {
         request: &PreparePodRequest,
     ) -> Result<Option<i32>, SandboxError> {
         let program = &self.config.program;
-        Ok(self.pod.prepare(request, program, &self.reaper).await?)
+        Ok(self
+            .pod
+            .prepare(request, program, &self.reaper, self.deadline())
+            .await?)
+    }
+
+    /// Of a launch that begins now.
+    fn deadline(&self) -> Deadline {
+        Deadline::after(self.config.launch_deadline)
     }
 
     /// Connects a stream with a TCP port of the pod.
@@ -170,6 +188,7 @@ impl Sandbox {
         bundle: &str,
         stdio: &Stdio,
     ) -> Result<Arc<Container>, SandboxError> {
+        let deadline = self.deadline();
         let streams = Streams::open(&self.config.arrivals, stdio, spec.process.terminal)?;
         let cgroup = Cgroup::create(&self.config.cgroup_parent, id)?;
         let has_pid_namespace = spec.linux.namespaces.iter().any(|namespace| {
@@ -199,7 +218,9 @@ impl Sandbox {
                 cgroup.apply(resources)?;
                 cgroup.confine_devices(resources)?;
             }
-            Ok::<_, SandboxError>(launch(&self.config.program, &self.reaper, &plan, streams).await?)
+            let program = &self.config.program;
+            let launched = launch(program, &self.reaper, &plan, streams, deadline).await?;
+            Ok::<_, SandboxError>(launched)
         }
         .await;
         let launched = match launched {
@@ -271,7 +292,7 @@ impl Sandbox {
         let process = container.process(exec_id)?;
         if exec_id.is_empty() {
             let (pid, launched) = process.take_gated()?;
-            launched.start().await?;
+            launched.start(self.deadline()).await?;
             return Ok(pid);
         }
         let registered = process.take_registered()?;
@@ -301,11 +322,13 @@ impl Sandbox {
             place: Place::Enter { init_pid },
             start_hooks: None,
         };
-        let launched = launch(&self.config.program, &self.reaper, &plan, streams).await?;
+        let deadline = self.deadline();
+        let program = &self.config.program;
+        let launched = launch(program, &self.reaper, &plan, streams, deadline).await?;
         let pid = launched.pid;
         process.set_started(&launched)?;
         let mut exit = launched.exit.clone();
-        launched.start().await?;
+        launched.start(deadline).await?;
         let watched = Arc::clone(process);
         tokio::spawn(async move {
             if let Some(exit) = ended(&mut exit).await {

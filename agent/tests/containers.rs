@@ -10,8 +10,8 @@ use std::fs;
 use std::future::Future;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -19,7 +19,7 @@ use husk_agent::arrivals::{Arrivals, Port};
 use husk_agent::reaper::Reaper;
 use husk_agent::sandbox::{Config, Sandbox, SandboxError};
 use husk_protocol::messages::Stdio;
-use husk_protocol::{STREAM_PORT, STREAM_SOURCE_MIN};
+use husk_protocol::{LAUNCH_DEADLINE, STREAM_PORT, STREAM_SOURCE_MIN};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, socket};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -28,6 +28,8 @@ use tokio::runtime::Runtime;
 
 #[path = "containers/execs.rs"]
 mod execs;
+#[path = "containers/late.rs"]
+mod late;
 #[path = "containers/limits.rs"]
 mod limits;
 #[path = "containers/spec.rs"]
@@ -35,10 +37,16 @@ mod spec;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
+/// For a launch that is to be too late.
+const IMPATIENT: Duration = Duration::from_millis(300);
+
 /// One for all tests of this program, as there is one reaper in a process.
 struct Fixture {
     runtime: Runtime,
     sandbox: Sandbox,
+    /// Gives a launch very little time.
+    impatient: Sandbox,
+    cgroups: PathBuf,
     directory: PathBuf,
 }
 
@@ -71,16 +79,26 @@ fn make_fixture() -> Result<Fixture> {
         .enable_all()
         .build()?;
     let _context = runtime.enter();
+    let cgroups = cgroups.join(format!("husk-test-{}", std::process::id()));
     let config = Config {
         program: env!("CARGO_BIN_EXE_husk-agent").into(),
-        cgroup_parent: cgroups.join(format!("husk-test-{}", std::process::id())),
+        cgroup_parent: cgroups.clone(),
+        launch_deadline: LAUNCH_DEADLINE,
         arrivals: Arrivals::listen(&Port::Directory(directory.clone()))?,
     };
-    let sandbox = Sandbox::new(config, Reaper::start()?);
+    let reaper = Reaper::start()?;
+    let impatient = Config {
+        launch_deadline: IMPATIENT,
+        ..config.clone()
+    };
+    let impatient = Sandbox::new(impatient, Arc::clone(&reaper));
+    let sandbox = Sandbox::new(config, reaper);
     drop(_context);
     Ok(Fixture {
         runtime,
         sandbox,
+        impatient,
+        cgroups,
         directory,
     })
 }

@@ -3,6 +3,8 @@
 //! The host is the client. The agent connects to [`AGENT_PORT`] of the host's CID as soon as it is
 //! up and serves [`service`] on that connection.
 
+use std::time::Duration;
+
 /// Version of the protocol. A host refuses an agent that answers another one.
 pub const PROTOCOL_VERSION: u32 = 2;
 
@@ -16,6 +18,13 @@ pub const STREAM_PORT: u32 = 1025;
 /// First vsock port of the host from which a stream may come. They count up and are never used again:
 /// the port that a connection comes from says which stream it is.
 pub const STREAM_SOURCE_MIN: u32 = 0x1_0000;
+
+/// How long the agent lets a launch take: a container's up to its init's gate, an exec's up to its
+/// program. One that takes longer is undone.
+pub const LAUNCH_DEADLINE: Duration = Duration::from_secs(90);
+
+/// How long the undoing may take. A host that waits for both hears what became of every launch.
+pub const UNDO_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Tag of the virtio-fs device that holds the pod's shared directory.
 pub const SHARED_TAG: &str = "husk";

@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use husk_protocol::messages;
 use husk_protocol::service::AgentClient;
+use husk_protocol::{LAUNCH_DEADLINE, UNDO_DEADLINE};
 use oci_spec::runtime::{Process, Spec};
 use serde::Serialize;
 
@@ -220,7 +221,7 @@ impl Sandbox {
         let sources = self.allot_sources(&io)?;
         request.stdio = Some(sources.clone()).into();
         let response = self
-            .call("create container", |client| async move {
+            .call_launch("create container", |client| async move {
                 client.create_container(context(), &request).await
             })
             .await?;
@@ -302,6 +303,20 @@ impl Sandbox {
         connected
     }
 
+    /// A call by which something is launched in the guest.
+    async fn call_launch<T, F>(
+        &self,
+        name: &'static str,
+        make: impl FnOnce(AgentClient) -> F,
+    ) -> Result<T, ContainerError>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        self.agent
+            .call(&self.vmm, name, Some(LAUNCH_CALL_DEADLINE), make)
+            .await
+    }
+
     async fn call<T, F>(
         &self,
         name: &'static str,
@@ -350,8 +365,14 @@ const JSON_BYTES_MAX: usize = 4 * 1024 * 1024 - 64 * 1024;
 /// has patience.
 const SIGKILL_DEADLINE: Duration = Duration::from_secs(20);
 
-/// For any call to the agent that isn't a wait.
+/// For any call to the agent that isn't a wait and launches nothing.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
+
+/// For a call that launches something. The agent gives up first, and has undone what was made when it
+/// says so: a guest that does not even answer then is stuck, but has no launch of ours under way.
+const LAUNCH_CALL_DEADLINE: Duration = LAUNCH_DEADLINE
+    .saturating_add(UNDO_DEADLINE)
+    .saturating_add(Duration::from_secs(10));
 
 #[cfg(test)]
 mod tests {

@@ -13,7 +13,7 @@ use crate::sandbox::in_background;
 use crate::state::is_name;
 use crate::{ContainerError, ErrorKind, Exit, ListedProcess, Sandbox};
 
-use super::{CALL_DEADLINE, INIT, SIGKILL, SIGKILL_DEADLINE, to_json};
+use super::{INIT, LAUNCH_CALL_DEADLINE, SIGKILL, SIGKILL_DEADLINE, to_json};
 
 impl Sandbox {
     /// Starts a process. Answers with its pid in the guest.
@@ -41,7 +41,7 @@ impl Sandbox {
             _ => None,
         };
         let in_guest = |hooks: &Lifecycle| hooks.time_limit(Kind::StartContainer);
-        let deadline = CALL_DEADLINE + hooks.as_ref().map_or(Duration::ZERO, in_guest);
+        let deadline = LAUNCH_CALL_DEADLINE + hooks.as_ref().map_or(Duration::ZERO, in_guest);
         let response = self
             .agent
             .call(

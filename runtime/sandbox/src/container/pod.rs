@@ -60,7 +60,7 @@ impl Sandbox {
         request: messages::PreparePodRequest,
     ) -> Result<u32, ContainerError> {
         let response = self
-            .call("prepare pod", |client| async move {
+            .call_launch("prepare pod", |client| async move {
                 client.prepare_pod(context(), &request).await
             })
             .await?;
