@@ -100,7 +100,7 @@ struct Child {
 }
 
 /// Launches a process up to its gate. Of a launch that fails or is too late no process is left as this
-/// returns, which is at most [`END_DEADLINE`] after its own.
+/// returns, which is at most five seconds after its own.
 ///
 /// # Errors
 /// [`LaunchError`]

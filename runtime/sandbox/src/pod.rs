@@ -343,10 +343,9 @@ mod tests {
 
     #[test]
     fn pod_has_slots_for_disks_and_a_container_what_it_needs() {
-        let pod = json!({ CONTAINER_TYPE[0]: "sandbox" });
         let spare = VmSettings::default().spare_disks;
-        assert_eq!(request(&pod).unwrap().disk_slots, usize::from(spare));
-        assert_eq!(request(&json!({})).unwrap().disk_slots, 0);
+        assert_eq!(request(&json!({})).unwrap().disk_slots, usize::from(spare));
+        assert_eq!(alone(&json!({})).disk_slots, 0);
     }
 
     #[test]
