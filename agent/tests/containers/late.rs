@@ -38,9 +38,8 @@ fn container_that_is_too_late_is_undone_and_can_be_made_again() {
         assert!(!fixture.cgroups.join("late").exists());
         assert!(fixture.impatient.container("late").is_err());
 
-        // With patience, and from the same ports: nobody expects those streams any more once the tasks
-        // that did have been run to their end.
-        tokio::task::yield_now().await;
+        // With patience. A host never uses a port for a second stream.
+        let streams = fixture.streams();
         let spec = fixture.spec(&["true"]).to_string();
         let sandbox = &fixture.sandbox;
         sandbox
