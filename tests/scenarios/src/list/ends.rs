@@ -240,7 +240,11 @@ pub(super) fn events_in_order(ctr: &Ctr) -> Result<()> {
         "after the exec's exit: {second}"
     );
     ctr.remove_task(137)?;
-    events.until(&["/tasks/delete", id])?;
+    // runc's shim is told to end as soon as it has answered, and on containerd 2.1 it sometimes does
+    // before this event of its own is on its way.
+    if ctr.is_husk() {
+        events.until(&["/tasks/delete", id])?;
+    }
     ctr.ctr(&["container", "rm", id])?.success()?;
     Ok(())
 }
