@@ -12,7 +12,6 @@ use husk_vmm_control::{BootTimes, DiskConfig, ExitReason, Metrics, monotonic_us}
 use crate::boot_request::Boot;
 use crate::control::{Guest, describe};
 use crate::device::{Device, StillDriven};
-use crate::devices::balloon::BalloonDevice;
 use crate::devices::blk::{self, BlkDevice, DiskError, Geometry};
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, FsError, REQUEST_QUEUES_MAX};
@@ -75,7 +74,6 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
         Box::new(fs),
         Box::new(RngDevice),
         Box::new(ConsoleDevice::new(boot.files.console)),
-        Box::new(BalloonDevice::default()),
     ];
     let mut net = Vec::new();
     for (index, booted) in boot.net.into_iter().enumerate() {

@@ -10,15 +10,12 @@ use std::sync::Arc;
 use kvm_bindings::KVM_MEM_READONLY;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use rustix::mm::Advice;
-use rustix::mm::madvise;
 use vm_memory::FileOffset;
 use vm_memory::GuestAddress;
 use vm_memory::GuestMemoryBackend;
 use vm_memory::GuestMemoryMmap;
 use vm_memory::GuestMemoryRegion;
 use vm_memory::GuestRegionMmap;
-use vm_memory::MemoryRegionAddress;
 use vm_memory::MmapRegion;
 use vm_memory::VolatileMemory;
 use vm_memory::VolatileSlice;
@@ -171,40 +168,6 @@ impl Memory {
     }
 }
 
-/// Gives the RAM in `bytes` bytes from `start` on back to the host: whole pages only, and as far as
-/// there are any. Whoever touches one of them again finds a new one, all zeros.
-///
-/// # Errors
-/// The host refuses. Some pages may have been given back.
-pub(crate) fn discard(mmap: &GuestMemoryMmap, start: GuestAddress, bytes: u64) -> io::Result<()> {
-    let end = start.0.saturating_add(bytes);
-    for region in mmap.iter() {
-        let region_start = region.start_addr().0;
-        let region_end = region_start.saturating_add(region.len());
-        let first = start.0.max(region_start);
-        let Some(first) = first.checked_next_multiple_of(PAGE_BYTES) else {
-            continue;
-        };
-        let last = end.min(region_end);
-        let last = last - last % PAGE_BYTES;
-        let length = last.saturating_sub(first);
-        if length == 0 {
-            continue;
-        }
-        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
-        let length = usize::try_from(length).map_err(invalid)?;
-        let pages = region
-            .get_slice(MemoryRegionAddress(first - region_start), length)
-            .map_err(io::Error::other)?;
-        let pages = pages.ptr_guard_mut();
-        // Of a file's pages, or shared ones, this would free nothing (madvise(2)): MADV_REMOVE would.
-        // SAFETY: the pages are guest RAM, mapped as long as `mmap` lives. No Rust reference points
-        // there, and all who look are ready for anything: the guest may change it just as well.
-        unsafe { madvise(pages.as_ptr().cast(), pages.len(), Advice::LinuxDontNeed) }?;
-    }
-    Ok(())
-}
-
 /// Pages that the guest reads without an exit, and can't write: what it tries to write comes to
 /// this process as an access to a device does.
 pub(crate) struct ReadOnlyPages {
@@ -255,7 +218,7 @@ fn map_region(start: u64, bytes: u64) -> Result<GuestRegionMmap, MemoryError> {
         None,
         size,
         libc::PROT_READ | libc::PROT_WRITE,
-        // The guest's size is a limit, not a reservation. `discard` counts on memory that is private.
+        // The guest's size is a limit, not a reservation.
         libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE,
     )
     .map_err(|source| MemoryError::Map { bytes, source })?;
@@ -322,26 +285,6 @@ mod tests {
             .read_slice(&mut read, GuestAddress(0x1000))
             .unwrap();
         assert_eq!(&read, b"\x003456\0");
-    }
-
-    #[test]
-    fn pages_on_both_sides_of_the_hole_are_given_back_and_their_neighbours_stay() {
-        const PAGES: [u64; 4] = [
-            HOLE_START - 2 * PAGE_BYTES,
-            HOLE_START - PAGE_BYTES,
-            HOLE_END,
-            HOLE_END + PAGE_BYTES,
-        ];
-        let memory = Memory::map(HOLE_START + (64 << 20)).unwrap();
-        for page in PAGES {
-            memory.mmap().write_obj(1_u8, GuestAddress(page)).unwrap();
-        }
-
-        let bytes = HOLE_END - HOLE_START + 2 * PAGE_BYTES;
-        discard(memory.mmap(), GuestAddress(PAGES[1]), bytes).unwrap();
-
-        let left = PAGES.map(|page| memory.mmap().read_obj::<u8>(GuestAddress(page)).unwrap());
-        assert_eq!(left, [1, 0, 0, 1]);
     }
 
     fn tempfile() -> File {

@@ -7,7 +7,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device::{Activation, Device, DeviceError, Interrupt, ReadyQueue};
+use crate::device::{Activation, Device, Interrupt, ReadyQueue};
 use crate::seccomp::{Filters, ThreadKind};
 
 /// Descriptors of a queue.
@@ -198,20 +198,9 @@ impl Driver {
         data
     }
 
-    /// Lets the device answer everything that is available, and stops it. Returns what it has used.
+    /// Lets the device answer everything that is available, and stops it. The stop is seen only
+    /// after the queue was looked at, so nothing has to be waited for. Returns what it has used.
     pub(crate) fn run(&mut self, device: &mut impl Device) -> Vec<(u16, u32)> {
-        self.run_with(device, device.profile().features).unwrap();
-        std::iter::from_fn(|| self.queue.used()).collect()
-    }
-
-    /// Lets the device run, as one that has agreed on those features, until it has answered
-    /// everything that is available. The stop is seen only after the queue was looked at, so nothing
-    /// has to be waited for.
-    pub(crate) fn run_with(
-        &mut self,
-        device: &mut impl Device,
-        features: u64,
-    ) -> Result<(), DeviceError> {
         let mut queues: Vec<_> = device.profile().queue_sizes.iter().map(|_| None).collect();
         queues[self.index] = Some(self.queue.ready());
         let stop = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -219,7 +208,7 @@ impl Driver {
         let activation = Activation {
             memory: Arc::clone(&self.memory),
             queues,
-            features,
+            features: device.profile().features,
             stop,
         };
         let filters = Filters::compile().unwrap();
@@ -230,7 +219,8 @@ impl Driver {
                 filters.install(kind).unwrap();
                 device.run(activation)
             };
-            scope.spawn(run).join().unwrap()
-        })
+            scope.spawn(run).join().unwrap().unwrap();
+        });
+        std::iter::from_fn(|| self.queue.used()).collect()
     }
 }

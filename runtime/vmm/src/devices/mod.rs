@@ -1,6 +1,5 @@
 //! The virtio devices. Each is a thread that owns its queues; none of them sees a register.
 
-pub mod balloon;
 pub mod blk;
 pub mod console;
 #[cfg(test)]

@@ -1,6 +1,4 @@
-//! The loop of a device that waits for nothing but its queues.
-
-use std::os::fd::AsFd;
+//! The loop of a device with one queue and no other events.
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -44,8 +42,13 @@ impl<'m> SimpleQueue<'m> {
             &'m GuestMemoryMmap,
         ) -> Result<usize, DeviceError>,
     ) -> Result<(), DeviceError> {
-        let queues = std::slice::from_mut(self);
-        serve_all(queues, stop, |_, chain, memory| answer(chain, memory))
+        // The driver may have kicked before this thread existed, so look before waiting.
+        loop {
+            self.answer_all(&mut answer)?;
+            if self.wait(stop)? {
+                return Ok(());
+            }
+        }
     }
 
     /// Answers what the queue holds now. What comes meanwhile has its own kick.
@@ -85,55 +88,30 @@ impl<'m> SimpleQueue<'m> {
         }
         Ok(())
     }
-}
 
-/// As [`SimpleQueue::serve`], for all queues of a device; `answer` is also told the queue's index.
-pub(super) fn serve_all<'m>(
-    queues: &mut [SimpleQueue<'m>],
-    stop: &EventFd,
-    mut answer: impl FnMut(
-        usize,
-        DescriptorChain<&'m GuestMemoryMmap>,
-        &'m GuestMemoryMmap,
-    ) -> Result<usize, DeviceError>,
-) -> Result<(), DeviceError> {
-    // The driver may have kicked before this thread existed, so look before waiting.
-    loop {
-        for queue in &mut *queues {
-            let index = queue.index;
-            queue.answer_all(|chain, memory| answer(index, chain, memory))?;
+    /// Waits for a kick or the end. Whether it is the end.
+    fn wait(&self, stop: &EventFd) -> Result<bool, DeviceError> {
+        let kick = self.ready.as_ref().map_or(stop, |ready| &ready.kick);
+        let (stop, kick) = (borrow(stop), borrow(kick));
+        let mut fds = [
+            PollFd::from_borrowed_fd(stop, PollFlags::IN),
+            PollFd::from_borrowed_fd(kick, PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => {
+                return Err(DeviceError::Host {
+                    device: self.device,
+                    what: "poll",
+                    source: errno.into(),
+                });
+            }
         }
-        if wait(queues, stop)? {
-            return Ok(());
+        let [is_stopped, is_kicked] = fds.map(|fd| fd.revents().contains(PollFlags::IN));
+        if is_kicked && !is_stopped {
+            // It is readable, and nobody else reads it.
+            let _ = rustix::io::read(kick, &mut [0_u8; size_of::<u64>()]);
         }
+        Ok(is_stopped)
     }
-}
-
-/// Waits for a kick or the end. Whether it is the end.
-fn wait(queues: &[SimpleQueue<'_>], stop: &EventFd) -> Result<bool, DeviceError> {
-    let ready = queues.iter().filter_map(|queue| queue.ready.as_ref());
-    let mut fds: Vec<_> = [stop]
-        .into_iter()
-        .chain(ready.map(|ready| &ready.kick))
-        .map(|event| PollFd::from_borrowed_fd(borrow(event), PollFlags::IN))
-        .collect();
-    match poll(&mut fds, None) {
-        Ok(_) | Err(Errno::INTR) => {}
-        Err(errno) => {
-            return Err(DeviceError::Host {
-                device: queues.first().map_or("", |queue| queue.device),
-                what: "poll",
-                source: errno.into(),
-            });
-        }
-    }
-    let is_readable = |fd: &PollFd<'_>| fd.revents().contains(PollFlags::IN);
-    if fds.first().is_some_and(is_readable) {
-        return Ok(true);
-    }
-    for kick in fds.iter().filter(|fd| is_readable(fd)) {
-        // It is readable, and nobody else reads it.
-        let _ = rustix::io::read(kick.as_fd(), &mut [0_u8; size_of::<u64>()]);
-    }
-    Ok(false)
 }

@@ -24,6 +24,7 @@ pub(super) const EVERY_THREAD: &[c_long] = &[
     libc::SYS_getpid,
     libc::SYS_getrandom,
     libc::SYS_gettid,
+    libc::SYS_madvise,
     libc::SYS_mremap,
     libc::SYS_munmap,
     libc::SYS_read,
@@ -155,7 +156,6 @@ pub(super) fn of(kind: ThreadKind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>,
     let mut rules = Rules::default();
     rules.allow(EVERY_THREAD);
     rules.allow_data_mappings()?;
-    rules.allow_discards()?;
     // Rust's debug builds look whether a descriptor is open before they close it.
     rules.allow_descriptor_command(libc::F_GETFD)?;
     match kind {
@@ -236,15 +236,6 @@ impl Rules {
             self.allow_if(call, data)?;
         }
         Ok(())
-    }
-
-    /// Memory that goes back to the host: a thread's stack when the thread ends, and what the guest
-    /// has freed.
-    fn allow_discards(&mut self) -> Result<(), BackendError> {
-        const ADVICE_ARGUMENT: u8 = 2;
-        let discard = u64::from(libc::MADV_DONTNEED.unsigned_abs());
-        let this = Condition::new(ADVICE_ARGUMENT, Len::Dword, Op::Eq, discard)?;
-        self.allow_if(libc::SYS_madvise, this)
     }
 
     /// `ioctl` with one of `requests`. The kernel looks at 32 bits of the number only.

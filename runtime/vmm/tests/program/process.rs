@@ -181,8 +181,8 @@ fn every_thread_is_confined_before_the_start() {
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
-    // The main one, 5 devices, 2 virtual CPUs and a file worker for each.
-    assert_eq!(threads.len(), 10);
+    // The main one, 4 devices, 2 virtual CPUs and a file worker for each.
+    assert_eq!(threads.len(), 9);
     for thread in threads {
         let status = format!("{pid}/task/{thread}/status");
         let mask = |key| u64::from_str_radix(&proc_value(&status, key), 16).unwrap();

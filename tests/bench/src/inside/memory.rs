@@ -26,9 +26,8 @@ const AVAILABLE_BYTES_MIN: u64 = 384 * 1024 * 1024;
 /// What a container takes and frees.
 const HELD_MIB: &str = "256";
 
-/// A guest tells of free pages in passes, two seconds apart, each of which may leave some for the next:
-/// Linux means to be through after half a minute. Nobody tells this program of it.
-const SETTLING: Duration = Duration::from_secs(30);
+/// A guest tells of free pages after two seconds at most, and nobody tells this program of it.
+const SETTLING: Duration = Duration::from_secs(6);
 
 const CONFIG: &str = "/etc/husk/config.toml";
 

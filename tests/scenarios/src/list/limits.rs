@@ -1,14 +1,11 @@
-//! What a memory limit does, what a container sees of its machine, and what becomes of memory that it
-//! has freed.
+//! What a memory limit does, and what a container sees of its machine.
 
-use std::io::{BufRead, BufReader, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::ctr::{Ctr, Ended, finish};
+use crate::ctr::{Ctr, Ended};
 use crate::events::Events;
-use crate::host::{self, Process};
 
 /// For a container that takes all memory it gets. Some 40 s were seen on a busy machine.
 const KILL_DEADLINE: Duration = Duration::from_secs(240);
@@ -90,64 +87,4 @@ pub(super) fn what_a_container_sees(ctr: &Ctr) -> Result<()> {
         "df says {root_kib} KiB for /, the host has {host_kib} there"
     );
     Ok(())
-}
-
-/// A program takes memory, says so and ends when it is told to; the container lives on.
-const HOLD: &str = "exec 3<&0
-    dd if=/dev/zero bs=200M count=1 2>/dev/null | { head -c 1 >/dev/null; echo held; read word <&3; }
-    echo freed
-    read word <&3";
-
-/// What the guest takes for it, and then has freed.
-const HELD_BYTES: u64 = 200 << 20;
-
-/// Some 40 MiB are an idle pod's. What goes back is blocks of 2 MiB that are free as a whole: in some
-/// that the program had, others have a page by now.
-const LEFT_BYTES_MAX: u64 = 120 << 20;
-
-/// Linux gives free pages back in passes, two seconds apart, and is through after half a minute.
-const GIVEN_BACK_DEADLINE: Duration = Duration::from_secs(120);
-
-/// What a container has freed, the host gets back while the container runs.
-pub(super) fn memory_given_back(ctr: &Ctr) -> Result<()> {
-    let limit = (HELD_BYTES + (56 << 20)).to_string();
-    let flags = ["--memory-limit", &limit];
-    let mut child = ctr.spawn(&ctr.id, &flags, &["sh", "-c", HOLD], true)?;
-    let mut tell = child.stdin.take().context("no standard input")?;
-    let output = child.stdout.take().context("no standard output")?;
-    let mut said = BufReader::new(output).lines();
-    let mut hear = |wanted: &str| {
-        let line = said.next().context("it ends too soon")??;
-        ensure!(line == wanted, "it says {line:?}, not {wanted:?}");
-        anyhow::Ok(())
-    };
-    hear("held")?;
-    let vmms = host::vmms()?;
-    let [vmm] = vmms.as_slice() else {
-        anyhow::bail!("{} virtual machines run, not one", vmms.len());
-    };
-    let held = vmm.memory_bytes()?;
-    ensure!(held >= HELD_BYTES, "the guest has only {held} bytes");
-    tell.write_all(b"\n")?;
-    hear("freed")?;
-    falls_below(vmm, LEFT_BYTES_MAX)?;
-    tell.write_all(b"\n")?;
-    finish(child, None)?.success()?;
-    Ok(())
-}
-
-/// Waits until a process has less memory. Nothing tells of it, so it is looked at again and again.
-fn falls_below(process: &Process, bytes_max: u64) -> Result<()> {
-    const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
-    let deadline = Instant::now() + GIVEN_BACK_DEADLINE;
-    loop {
-        let bytes = process.memory_bytes()?;
-        if bytes < bytes_max {
-            return Ok(());
-        }
-        let now = Instant::now();
-        ensure!(now < deadline, "{bytes} bytes are still the guest's");
-        let has_ended = process.ends_before(now + BETWEEN_LOOKS)?;
-        ensure!(!has_ended, "the virtual machine has ended");
-    }
 }

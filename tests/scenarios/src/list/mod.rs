@@ -177,7 +177,6 @@ pub(crate) const ALL: &[Scenario] = &[
     }),
     both("out_of_memory", |ctr| limits::out_of_memory(ctr)),
     husk("thrashing", |ctr| limits::thrashing(ctr)),
-    husk("memory_given_back", |ctr| limits::memory_given_back(ctr)),
     both("spec_to_the_letter", |ctr| {
         spec_rest::spec_to_the_letter(ctr)
     }),
