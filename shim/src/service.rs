@@ -477,7 +477,9 @@ impl<M: PodMaker + 'static> Service<M> {
     /// Ends this process if nobody asks for a task in time.
     pub(crate) async fn end_if_unused(&self) {
         tokio::time::sleep(FIRST_TASK_DEADLINE).await;
-        if self.tasks().is_empty() {
+        // One that is being created is waited for.
+        drop(self.creating.write().await);
+        if self.pod.get().is_none() {
             tracing::warn!("nobody has asked for a task within {FIRST_TASK_DEADLINE:?}: ending");
             self.shutdown(false).await;
         }

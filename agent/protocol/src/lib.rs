@@ -26,6 +26,9 @@ pub const LAUNCH_DEADLINE: Duration = Duration::from_secs(90);
 /// How long the undoing may take. A host that waits for both hears what became of every launch.
 pub const UNDO_DEADLINE: Duration = Duration::from_secs(30);
 
+/// File systems that the guest's kernel finds on disks.
+pub const DISK_FILE_SYSTEMS: [&str; 5] = ["ext2", "ext3", "ext4", "erofs", "squashfs"];
+
 /// Tag of the virtio-fs device that holds the pod's shared directory.
 pub const SHARED_TAG: &str = "husk";
 

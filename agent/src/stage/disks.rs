@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use husk_protocol::DISK_FILE_SYSTEMS;
 use nix::mount::MsFlags;
 use rustix::io::Errno;
 use rustix::mount::{
@@ -16,9 +17,6 @@ use rustix::mount::{
 use super::mounts::Options;
 use super::{OrFail, Step};
 use crate::oci::Mount;
-
-/// Those that the kernel finds on a disk.
-const FILE_SYSTEMS: [&str; 5] = ["ext2", "ext3", "ext4", "erofs", "squashfs"];
 
 /// Flags of mount(2) that are the file system's, by the names that fsconfig(2) has for them.
 const FLAGS: [(MsFlags, &str); 5] = [
@@ -31,7 +29,7 @@ const FLAGS: [(MsFlags, &str); 5] = [
 
 /// The tree of a mount, if it is one from a disk.
 pub(super) fn prepare(mount: &Mount) -> Step<Option<OwnedFd>> {
-    if !FILE_SYSTEMS.contains(&mount.kind.as_str()) {
+    if !DISK_FILE_SYSTEMS.contains(&mount.kind.as_str()) {
         return Ok(None);
     }
     let options = Options::parse(&mount.options)?;

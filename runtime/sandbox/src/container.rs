@@ -220,11 +220,13 @@ impl Sandbox {
     ) -> Result<u32, ContainerError> {
         let sources = self.allot_sources(&io)?;
         request.stdio = Some(sources.clone()).into();
-        let response = self
-            .call_launch("create container", |client| async move {
-                client.create_container(context(), &request).await
-            })
-            .await?;
+        let create =
+            |client: AgentClient| async move { client.create_container(context(), &request).await };
+        let deadline = Some(LAUNCH_CALL_DEADLINE);
+        let created = self
+            .agent
+            .call(&self.vmm, "create container", deadline, create);
+        let response = created.await?;
         if let Err(error) = self.connect_streams(id, INIT, &sources, io).await {
             self.discard_in_guest(id).await;
             return Err(error);
@@ -303,20 +305,6 @@ impl Sandbox {
         connected
     }
 
-    /// A call by which something is launched in the guest.
-    async fn call_launch<T, F>(
-        &self,
-        name: &'static str,
-        make: impl FnOnce(AgentClient) -> F,
-    ) -> Result<T, ContainerError>
-    where
-        F: Future<Output = ttrpc::Result<T>>,
-    {
-        self.agent
-            .call(&self.vmm, name, Some(LAUNCH_CALL_DEADLINE), make)
-            .await
-    }
-
     async fn call<T, F>(
         &self,
         name: &'static str,
@@ -325,9 +313,8 @@ impl Sandbox {
     where
         F: Future<Output = ttrpc::Result<T>>,
     {
-        self.agent
-            .call(&self.vmm, name, Some(CALL_DEADLINE), make)
-            .await
+        let deadline = Some(CALL_DEADLINE);
+        self.agent.call(&self.vmm, name, deadline, make).await
     }
 }
 

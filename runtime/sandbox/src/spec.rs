@@ -6,6 +6,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use husk_protocol::DISK_FILE_SYSTEMS;
 use husk_protocol::messages::MemoryVolume;
 use husk_vmm_control::DISKS_MAX;
 use nix::sys::statvfs::{FsFlags, statvfs};
@@ -239,7 +240,7 @@ fn rewrite_mount(
     let kind = mount.typ().as_deref().unwrap_or_default();
     let is_bind = kind == "bind" || has("bind") || has("rbind");
     if !is_bind {
-        if disks::FILE_SYSTEMS.contains(&kind) {
+        if DISK_FILE_SYSTEMS.contains(&kind) {
             return Ok(MountKind::Disk);
         }
         return match GUEST_FILE_SYSTEMS.contains(&kind) {

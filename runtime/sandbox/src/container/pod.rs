@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use husk_protocol::messages;
+use husk_protocol::service::AgentClient;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
 
-use super::ContainerRequest;
 use super::pause::Pause;
+use super::{ContainerRequest, LAUNCH_CALL_DEADLINE};
 use crate::agent::context;
 use crate::spec::{GuestSpec, guest_spec};
 use crate::{ContainerError, Sandbox};
@@ -59,11 +60,11 @@ impl Sandbox {
         &self,
         request: messages::PreparePodRequest,
     ) -> Result<u32, ContainerError> {
-        let response = self
-            .call_launch("prepare pod", |client| async move {
-                client.prepare_pod(context(), &request).await
-            })
-            .await?;
+        let prepare =
+            |client: AgentClient| async move { client.prepare_pod(context(), &request).await };
+        let deadline = Some(LAUNCH_CALL_DEADLINE);
+        let prepared = self.agent.call(&self.vmm, "prepare pod", deadline, prepare);
+        let response = prepared.await?;
         Ok(response.pause_pid)
     }
 

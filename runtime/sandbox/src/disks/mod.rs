@@ -22,7 +22,7 @@ use crate::error::describe;
 use crate::sandbox::in_background;
 use crate::{ContainerError, Sandbox};
 use host::{Need, needs};
-pub(crate) use wanted::{FILE_SYSTEMS, WantedDisk, of_devices, of_mount};
+pub(crate) use wanted::{WantedDisk, of_devices, of_mount};
 use wanted::{place, renumber};
 
 /// Why a container can't have a block device.

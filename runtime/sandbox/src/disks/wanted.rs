@@ -38,9 +38,6 @@ pub(crate) enum HostDevice {
     Path(PathBuf),
 }
 
-/// File systems that are on block devices, as far as a guest's kernel has them.
-pub(crate) const FILE_SYSTEMS: [&str; 5] = ["ext2", "ext3", "ext4", "erofs", "squashfs"];
-
 /// The block devices that a container is to have nodes of. One that may use all devices has the
 /// guest's, whatever the host has.
 pub(crate) fn of_devices(linux: &Linux) -> Result<Vec<WantedDisk>, SpecError> {
