@@ -56,6 +56,8 @@ def parse_arguments():
     parser.add_argument("--deterministic", action="store_true",
                         help="one CPU, and a clock that counts instructions")
     parser.add_argument("--containerd", choices=("1.6", "1.7", "2.1"), default="1.7")
+    parser.add_argument("--silence", type=int, metavar="SECONDS",
+                        help="end a machine whose command says nothing for so long")
     parser.add_argument("--tty", action="store_true", help="give the command a terminal")
     parser.add_argument("--image", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--dist", help=argparse.SUPPRESS)
@@ -67,6 +69,8 @@ def parse_arguments():
         parser.error("no COMMAND")
     if options.share and not os.path.isdir(options.share):
         parser.error(f"--share {options.share}: no such directory")
+    if options.silence is not None and options.silence <= 0:
+        parser.error(f"--silence {options.silence}: not a number of seconds above 0")
     if options.deterministic:
         options.cpus = 1
     return options
@@ -79,6 +83,7 @@ class Machine:
         self.console, console_end = socket.socketpair()
         self.port, port_end = socket.socketpair()
         self.tail = bytearray()
+        self.silence = options.silence
         inherited = (console_end.fileno(), port_end.fileno())
         # Without this process nobody would end QEMU: let the kernel do it.
         command = ["setpriv", "--pdeathsig", "KILL"]
@@ -114,6 +119,11 @@ class Machine:
                 timeout = self.began + BOOT_SECONDS_MAX - time.monotonic()
                 if timeout <= 0:
                     raise Failure(f"did not boot in {BOOT_SECONDS_MAX} s{self.console_tail()}")
+            elif self.silence:
+                timeout = session.heard + self.silence - time.monotonic()
+                if timeout <= 0:
+                    raise Failure(f"its command said nothing for {self.silence} s"
+                                  f"{self.console_tail()}")
             for key, events in selector.select(timeout):
                 if key.data(selector, events) is False:
                     # Data may have arrived right before the machine went away.
@@ -221,6 +231,8 @@ class Session:
     def __init__(self, port, options):
         self.port = port
         self.started = False
+        # When the command said something last.
+        self.heard = time.monotonic()
         self.status = None
         self.saved_terminal = None
         self.received = bytearray()
@@ -338,6 +350,7 @@ class Session:
         return bool(data)
 
     def take(self, kind, data):
+        self.heard = time.monotonic()
         if kind == b"R":
             self.started = True
         elif kind == b"O":

@@ -12,7 +12,8 @@
 //!
 //! `--only` takes a word of a scenario's name, `--shard` every Nth of what there is to run;
 //! `--results` appends what came of them to a file, from which `table` makes a table,
-//! `second-tries` a list of what to try again, and `summary` a verdict. `--again` is the second try
+//! `second-tries` a list of what to try again, and `summary` a verdict. What that file tells of
+//! already is not run: so a new machine goes on where one stood still. `--again` is the second try
 //! of one.
 #![forbid(unsafe_code)]
 
@@ -158,6 +159,14 @@ impl Selection {
         chosen.into_iter().skip(which - 1).step_by(of).collect()
     }
 
+    /// What the file of results tells already.
+    fn earlier(&self) -> Result<Vec<Line>> {
+        match &self.results {
+            Some(path) if path.exists() => read_results(&[path.display().to_string()]),
+            _ => Ok(Vec::new()),
+        }
+    }
+
     fn record(&self, line: &Line) -> Result<()> {
         let Some(path) = &self.results else {
             return Ok(());
@@ -181,9 +190,21 @@ fn parse_shard(text: &str) -> Option<(usize, usize)> {
 fn run_all(selection: &Selection) -> Result<bool> {
     let scenarios = selection.scenarios();
     ensure!(!scenarios.is_empty(), "there is no such scenario");
+    let earlier = selection.earlier()?;
     let (mut passed, mut failed) = (0, 0);
     for (runtime, scenario) in scenarios {
         let name = scenario.name;
+        if let Some(line) = earlier.iter().find(|line| line.is_of(runtime, name)) {
+            match &line.outcome {
+                Outcome::Passed | Outcome::PassedAgain => passed += 1,
+                Outcome::Failed(reason) => {
+                    failed += 1;
+                    println!("FAILED  {runtime} {name}, in an earlier machine: {reason}");
+                }
+            }
+            continue;
+        }
+        selection.record(&Line::begun(&selection.version, runtime, name))?;
         let began = Instant::now();
         let before = Machine::look()?;
         let mut ctr = Ctr::new(runtime, name);

@@ -2,6 +2,8 @@
 //!
 //! Each machine that runs scenarios appends lines to a file, fields parted by tabs: version,
 //! runtime, scenario, outcome, seconds, and why it failed. The files of a whole run make the table.
+//! A scenario's line is written when it begins, too, so that one whose machine stood still is told,
+//! and the next machine goes on behind it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -9,6 +11,9 @@ use std::fmt::Write as _;
 use anyhow::{Context, Result, bail};
 
 use crate::list;
+
+/// Why a scenario failed that has no line of its end.
+const NOT_ENDED: &str = "it began and did not end: the machine stood still, or went away";
 
 /// What came of one scenario.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +47,22 @@ pub(crate) struct Line {
 }
 
 impl Line {
+    /// That a scenario begins: it has failed until a line of its end is written.
+    pub(crate) fn begun(version: &str, runtime: &str, scenario: &str) -> Self {
+        Self {
+            version: version.to_owned(),
+            runtime: runtime.to_owned(),
+            scenario: scenario.to_owned(),
+            outcome: Outcome::failed(NOT_ENDED),
+            seconds: 0.0,
+        }
+    }
+
+    /// Whether it tells of this scenario with this runtime.
+    pub(crate) fn is_of(&self, runtime: &str, scenario: &str) -> bool {
+        self.runtime == runtime && self.scenario == scenario
+    }
+
     pub(crate) fn write(&self) -> String {
         let (outcome, reason) = match &self.outcome {
             Outcome::Passed => ("passed", ""),
@@ -76,13 +97,19 @@ impl Line {
     }
 }
 
-/// All lines of some files' texts.
+/// The lines of some files' texts: of each scenario in a file the last.
 pub(crate) fn parse<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Vec<Line>> {
-    texts
-        .into_iter()
-        .flat_map(str::lines)
-        .map(Line::parse)
-        .collect()
+    let mut all = Vec::new();
+    for text in texts {
+        let mut lines: Vec<Line> = Vec::new();
+        for text in text.lines() {
+            let line = Line::parse(text)?;
+            lines.retain(|earlier| !earlier.is_of(&line.runtime, &line.scenario));
+            lines.push(line);
+        }
+        all.append(&mut lines);
+    }
+    Ok(all)
 }
 
 /// What names one cell of the table: scenario, version of containerd, runtime.
@@ -232,6 +259,24 @@ mod tests {
             seconds: 1.5,
         };
         assert_eq!(parse([line.write().as_str()]).unwrap(), [line]);
+    }
+
+    #[test]
+    fn scenario_that_began_and_did_not_end_has_failed() {
+        let runtime = "io.containerd.husk.v2";
+        let ended = Line {
+            outcome: Outcome::Passed,
+            ..Line::begun("1.7", runtime, "own_kernel")
+        };
+        let text = [
+            Line::begun("1.7", runtime, "own_kernel").write(),
+            ended.write(),
+            Line::begun("1.7", runtime, "exit_status").write(),
+        ]
+        .concat();
+        let lines = parse([text.as_str()]).unwrap();
+        assert_eq!(lines, [ended, Line::begun("1.7", runtime, "exit_status")]);
+        assert_eq!(second_tries(&lines), format!("1.7 {runtime} exit_status\n"));
     }
 
     #[test]
