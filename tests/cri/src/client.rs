@@ -14,8 +14,9 @@ use crate::messages::{
     ContainerStatus, ContainerStatusRequest, ContainerStatusResponse, CreateContainerRequest,
     CreateContainerResponse, ExecRequest, ExecResponse, ExecSyncRequest, ExecSyncResponse,
     GetEventsRequest, ImageSpec, ImageStatusRequest, ImageStatusResponse, LinuxContainerConfig,
-    LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxStats, PodSandboxStatsRequest,
+    LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
+    ListPodSandboxRequest, ListPodSandboxResponse, NamespaceMode, NamespaceOption,
+    PodSandboxConfig, PodSandboxMetadata, PodSandboxStats, PodSandboxStatsRequest,
     PodSandboxStatsResponse, PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse,
     PortForwardRequest, PortForwardResponse, RemoveContainerRequest, RemoveContainerResponse,
     RemovePodSandboxRequest, RemovePodSandboxResponse, RunPodSandboxRequest, RunPodSandboxResponse,
@@ -98,6 +99,16 @@ impl Cri {
             id: response.pod_sandbox_id,
             config,
         })
+    }
+
+    /// The ids of all pods there are, whatever state they are in.
+    ///
+    /// # Errors
+    /// See [`Self::version`].
+    pub fn pods(&self) -> Result<Vec<String>> {
+        let response: ListPodSandboxResponse =
+            self.runtime("ListPodSandbox", &ListPodSandboxRequest::new())?;
+        Ok(response.items.into_iter().map(|pod| pod.id).collect())
     }
 
     /// How a pod is.

@@ -182,6 +182,15 @@ impl Appearing {
         Ok(Self(watch))
     }
 
+    /// Waits for the next names.
+    pub(crate) fn next(&self) -> Result<Vec<String>> {
+        ensure!(
+            readable(&self.0, Instant::now() + DEADLINE)?,
+            "nothing appears"
+        );
+        self.names()
+    }
+
     /// The names that have appeared since this was last asked.
     pub(crate) fn names(&self) -> Result<Vec<String>> {
         let mut buffer = [MaybeUninit::uninit(); 4096];

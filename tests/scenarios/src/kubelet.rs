@@ -4,9 +4,10 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use husk_cri::messages::{ContainerConfig, ExecSyncResponse, PodSandboxConfig};
 use husk_cri::{Cri, Daemon, Events, Pod};
 
@@ -21,6 +22,13 @@ static DAEMON: Mutex<Option<Daemon>> = Mutex::new(None);
 /// Ends containerd.
 pub(crate) fn end() {
     *DAEMON.lock().unwrap_or_else(PoisonError::into_inner) = None;
+}
+
+/// Kills containerd and starts it again on what it has left.
+fn restart() -> Result<()> {
+    let mut daemon = DAEMON.lock().unwrap_or_else(PoisonError::into_inner);
+    let daemon = daemon.as_mut().context("containerd does not run")?;
+    daemon.restart()
 }
 
 /// A client with one runtime.
@@ -46,12 +54,37 @@ impl Kubelet {
 
     /// Kills containerd and starts it again.
     pub(crate) fn restart_containerd(&mut self) -> Result<()> {
-        let mut daemon = DAEMON.lock().unwrap_or_else(PoisonError::into_inner);
-        let daemon = daemon.as_mut().context("containerd does not run")?;
-        daemon.restart()?;
-        self.cri = Cri::connect(&daemon.socket())?;
-        self.events = Events::listen(&daemon.socket())?;
+        restart()?;
+        self.connect()
+    }
+
+    fn connect(&mut self) -> Result<()> {
+        let socket = start()?;
+        self.cri = Cri::connect(&socket)?;
+        self.events = Events::listen(&socket)?;
         Ok(())
+    }
+
+    /// Kills containerd, and starts it again, when a call has come as far as `reached` waits for. What
+    /// comes of the call does not matter.
+    pub(crate) fn killed_in(
+        &mut self,
+        call: impl FnOnce(&Self) -> Result<()> + Send,
+        reached: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let this = &*self;
+        thread::scope(|scope| {
+            let call = scope.spawn(|| call(this));
+            let reached = reached();
+            // Whoever waits for an answer gets one, now at the latest.
+            let restarted = restart();
+            let ended = call
+                .join()
+                .unwrap_or_else(|_| bail!("the call has panicked"));
+            reached.with_context(|| format!("the call came to {ended:?}"))?;
+            restarted
+        })?;
+        self.connect()
     }
 
     /// Runs a pod, does something with it, and removes it whatever came of that.
@@ -98,7 +131,7 @@ impl Kubelet {
             Ok(pod) => {
                 self.cri.stop_pod(&pod.id)?;
                 self.cri.remove_pod(&pod.id)?;
-                anyhow::bail!("it runs");
+                bail!("it runs");
             }
         }
     }

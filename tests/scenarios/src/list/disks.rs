@@ -19,11 +19,16 @@ const DISK_BYTES: u64 = 8 << 20;
 const SECTOR_BYTES: u64 = 512;
 
 /// A loop device; gone with the value.
-struct Loop(PathBuf);
+pub(super) struct Loop(PathBuf);
 
 impl Loop {
+    /// Its node.
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
     /// One with a text at its beginning.
-    fn with(file: &Path, text: &str) -> Result<Self> {
+    pub(super) fn with(file: &Path, text: &str) -> Result<Self> {
         fs::write(file, text)?;
         Self::of(file)
     }

@@ -9,6 +9,8 @@ use anyhow::{Result, ensure};
 use crate::ctr::{Ctr, Ended};
 use crate::docker::Docker;
 
+use super::disks::Loop;
+
 /// Files of a scenario, on the host.
 const PLACE: &str = "/var/tmp/husk-docker-files";
 
@@ -22,6 +24,7 @@ pub(super) fn containers(ctr: &Ctr) -> Result<()> {
     let done = make_files()
         .and_then(|()| terminal(&docker))
         .and_then(|()| confined(&docker))
+        .and_then(|()| devices(&docker))
         .and_then(|()| missing_command(&docker))
         .and_then(|()| killed_and_restarted(&docker));
     fs::remove_dir_all(PLACE)?;
@@ -106,6 +109,47 @@ fn confined(docker: &Docker) -> Result<()> {
         said == "CapEff:00000000aa0425fb\nSeccomp:0",
         "an unconfined container says {said:?}"
     );
+    Ok(())
+}
+
+/// `--device`: a disk of the host, to write and to read only, and a device that every machine has.
+fn devices(docker: &Docker) -> Result<()> {
+    let file = Path::new(PLACE).join("disk");
+    let disk = Loop::with(&file, "from the host\n")?;
+    let disk = disk.path().display();
+    let flags = |access: &str| {
+        let disk = format!("{disk}:/dev/disk:{access}");
+        [
+            "--network",
+            "none",
+            "--device",
+            "/dev/zero:/dev/nil",
+            "--device",
+            &disk,
+        ]
+        .map(str::to_owned)
+    };
+    for (access, script) in [
+        (
+            "rw",
+            "head -n 1 /dev/disk; head -c 3 /dev/nil | wc -c
+            echo written | dd of=/dev/disk conv=notrunc,fsync 2>/dev/null",
+        ),
+        (
+            "r",
+            "head -n 1 /dev/disk; head -c 3 /dev/nil | wc -c
+            (: >>/dev/disk) 2>/dev/null || echo read-only",
+        ),
+    ] {
+        let flags = flags(access);
+        let flags = flags.each_ref().map(String::as_str);
+        let said = docker.run(&flags, &["sh", "-c", script])?;
+        let expected = match access {
+            "rw" => "from the host\n3",
+            _ => "written\n3\nread-only",
+        };
+        ensure!(said.text() == expected, "with {access} it says {said:?}");
+    }
     Ok(())
 }
 

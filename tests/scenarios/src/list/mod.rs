@@ -274,6 +274,10 @@ pub(crate) const ALL: &[Scenario] = &[
         pods_many::killed_at_each_step(ctr)
     })
     .full(),
+    husk_pods("pods_containerd_killed", |ctr| {
+        pods_many::containerd_killed(ctr)
+    })
+    .full(),
     husk_pods("pods_machine_size", |ctr| pods::machine_size(ctr)),
     husk_pods("pods_of_the_host", |ctr| pods::of_the_host(ctr)),
     both_pods("pods_without_containerd", |ctr| {

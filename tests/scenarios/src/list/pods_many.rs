@@ -1,14 +1,18 @@
 //! Many pods, and pods that are not left to live in peace. Through CRI.
 
+use std::fs;
+use std::path::Path;
 use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use husk_cri::messages::PodSandboxConfig;
 use husk_cri::{Pod, WebSocket, container, pod};
 
 use super::pods::{MIB, PROTOCOL};
 use super::pods_whole::HOST;
 use crate::ctr::Ctr;
-use crate::host;
+use crate::host::{self, Appearing};
 use crate::kubelet::Kubelet;
 use crate::leftovers::Machine;
 
@@ -148,4 +152,92 @@ fn killed_at(ctr: &Ctr, victim: &str, step: Step) -> Result<()> {
     drop(exec);
     kubelet.cri.stop_pod(&pod.id)?;
     kubelet.cri.remove_pod(&pod.id)
+}
+
+/// What a pod goes through, and the file of Husk's that marks the middle of it: below the pod's
+/// directory, with the container's id for `{id}`.
+const IN_THE_MIDDLE: [(Call, &str); 6] = [
+    (Call::Run, ""),
+    (Call::Run, "vmm.log"),
+    (Call::Run, "vmm.pid"),
+    (Call::Start, "layout/{id}"),
+    (Call::Start, "staging/{id}/rootfs"),
+    (Call::Stop, "vmm.pid"),
+];
+
+/// A call of the kubelet's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Call {
+    /// Runs the pod: the file appears.
+    Run,
+    /// Starts a container in it: the file appears.
+    Start,
+    /// Stops the pod: the file goes.
+    Stop,
+}
+
+/// containerd is killed in the middle of a call, and comes back; then the pod can be stopped and
+/// removed, and nothing is left.
+pub(super) fn containerd_killed(ctr: &Ctr) -> Result<()> {
+    // It starts containerd, if it does not run.
+    let mut kubelet = Kubelet::new(ctr)?;
+    for (number, (call, moment)) in IN_THE_MIDDLE.into_iter().enumerate() {
+        let before = Machine::look()?;
+        let name = format!("{}-{number}", kubelet.name);
+        containerd_killed_in(&mut kubelet, pod(&name), call, moment)
+            .and_then(|()| {
+                // What the kubelet does with whatever it finds.
+                for id in kubelet.cri.pods()? {
+                    kubelet.cri.stop_pod(&id)?;
+                    kubelet.cri.remove_pod(&id)?;
+                }
+                before.unchanged()
+            })
+            .with_context(|| format!("containerd killed in {call:?} at {moment:?}"))?;
+    }
+    Ok(())
+}
+
+fn containerd_killed_in(
+    kubelet: &mut Kubelet,
+    config: PodSandboxConfig,
+    call: Call,
+    moment: &str,
+) -> Result<()> {
+    let pods = Path::new("/run/husk/k8s.io");
+    fs::create_dir_all(pods)?;
+    let appearing = Appearing::watch(pods)?;
+    if call == Call::Run {
+        return kubelet.killed_in(
+            |kubelet| kubelet.run(config).map(drop),
+            || {
+                let id = appearing.next()?.pop().context("no name")?;
+                comes(&pods.join(id).join(moment), true)
+            },
+        );
+    }
+    let pod = kubelet.run(config)?;
+    let directory = pods.join(&pod.id);
+    let id = kubelet
+        .cri
+        .create_container(&pod, container("a", &["sleep", "10000"]))?;
+    let file = directory.join(moment.replace("{id}", &id));
+    if call == Call::Start {
+        return kubelet.killed_in(
+            |kubelet| kubelet.cri.start_container(&id),
+            || comes(&file, true),
+        );
+    }
+    kubelet.cri.start_container(&id)?;
+    kubelet.killed_in(
+        |kubelet| kubelet.cri.stop_pod(&pod.id),
+        || comes(&file, false),
+    )
+}
+
+/// Waits until a file is there, or is not.
+fn comes(path: &Path, wanted: bool) -> Result<()> {
+    let reached = host::path_becomes(path, wanted, Instant::now() + host::DEADLINE)?;
+    ensure!(reached, "the moment did not come");
+    Ok(())
 }
