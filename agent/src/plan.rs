@@ -36,6 +36,8 @@ pub struct Plan {
     pub cgroup: Option<PathBuf>,
     /// Where to run it.
     pub place: Place,
+    /// The file system on a disk that is a new container's root; none: the root is there.
+    pub root_disk: Option<oci::Mount>,
     /// What to run before it.
     pub start_hooks: Option<StartHooks>,
 }

@@ -168,6 +168,7 @@ async fn launch_pause(
         personality: None,
         cgroup: None,
         place: Place::Pause,
+        root_disk: None,
         start_hooks: None,
     };
     // Without ports they are all /dev/null.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_protocol::UNDO_DEADLINE;
-use husk_protocol::messages::{ForwardPortRequest, PreparePodRequest, Stdio};
+use husk_protocol::messages::{ForwardPortRequest, PreparePodRequest, RootDisk, Stdio};
 use rustix::process::Signal;
 
 use crate::arrivals::Arrivals;
@@ -154,12 +154,13 @@ impl Sandbox {
         id: &str,
         spec_json: &[u8],
         bundle: &str,
+        root: Option<&RootDisk>,
         stdio: &Stdio,
     ) -> Result<i32, SandboxError> {
         check_id(id)?;
         let spec: Spec = serde_json::from_slice(spec_json).map_err(SandboxError::InvalidSpec)?;
         self.reserve(id)?;
-        match self.build(id, spec, bundle, stdio).await {
+        match self.build(id, spec, bundle, root, stdio).await {
             Ok(container) => {
                 let pid = container.init.pid().unwrap_or_default();
                 lock(&self.containers).insert(id.to_owned(), Some(container));
@@ -186,6 +187,7 @@ impl Sandbox {
         id: &str,
         spec: Spec,
         bundle: &str,
+        root: Option<&RootDisk>,
         stdio: &Stdio,
     ) -> Result<Arc<Container>, SandboxError> {
         let deadline = self.deadline();
@@ -209,6 +211,7 @@ impl Sandbox {
             personality: common.personality.clone(),
             cgroup: Some(cgroup.path().to_owned()),
             start_hooks: StartHooks::of(&spec, id, bundle),
+            root_disk: root.map(root_mount),
             place: Place::Create(Box::new(spec)),
         };
         let launched = async {
@@ -320,6 +323,7 @@ impl Sandbox {
             personality: container.common.personality.clone(),
             cgroup: Some(container.cgroup.path().to_owned()),
             place: Place::Enter { init_pid },
+            root_disk: None,
             start_hooks: None,
         };
         let deadline = self.deadline();
@@ -455,6 +459,17 @@ async fn discard(cgroup: &Cgroup) {
     };
     if let Err(error) = removed.await {
         eprintln!("husk-agent: {error}");
+    }
+}
+
+/// The mount that is the root of a container.
+fn root_mount(disk: &RootDisk) -> oci::Mount {
+    oci::Mount {
+        destination: PathBuf::from("/"),
+        kind: disk.kind.clone(),
+        source: PathBuf::from(&disk.node),
+        options: disk.options.clone(),
+        ..oci::Mount::default()
     }
 }
 

@@ -321,6 +321,7 @@ impl Agent for Service {
                     &request.container_id,
                     &request.spec_json,
                     &request.bundle,
+                    request.root.as_ref(),
                     &stdio,
                 )
                 .await

@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use husk_agent::arrivals::{Arrivals, Port};
 use husk_agent::reaper::Reaper;
 use husk_agent::sandbox::{Config, Sandbox, SandboxError};
-use husk_protocol::messages::Stdio;
+use husk_protocol::messages::{RootDisk, Stdio};
 use husk_protocol::{LAUNCH_DEADLINE, STREAM_PORT, STREAM_SOURCE_MIN};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, socket};
 use serde_json::{Value, json};
@@ -28,6 +28,8 @@ use tokio::runtime::Runtime;
 
 #[path = "containers/basics.rs"]
 mod basics;
+#[path = "containers/disks.rs"]
+mod disks;
 #[path = "containers/execs.rs"]
 mod execs;
 #[path = "containers/late.rs"]
@@ -154,6 +156,8 @@ fn make_rootfs(root: &Path) -> Result<()> {
 struct Container {
     fixture: &'static Fixture,
     id: String,
+    /// What its root is on, if that is a disk.
+    root: Option<RootDisk>,
 }
 
 /// The host's side of a process's streams.
@@ -174,6 +178,7 @@ impl Fixture {
         Container {
             fixture: self,
             id: id.to_owned(),
+            root: None,
         }
     }
 
@@ -278,7 +283,13 @@ impl Container {
         let spec = spec.to_string();
         self.fixture
             .sandbox
-            .create(&self.id, spec.as_bytes(), "/bundle", stdio)
+            .create(
+                &self.id,
+                spec.as_bytes(),
+                "/bundle",
+                self.root.as_ref(),
+                stdio,
+            )
             .await
     }
 

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 /// Version of the protocol. A host refuses an agent that answers another one.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// vsock port on the host (CID 2) that the agent connects to.
 pub const AGENT_PORT: u32 = 1024;

@@ -14,8 +14,8 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen,
 };
 
-use super::mounts::Options;
-use super::{OrFail, Step};
+use super::mounts::{Depth, Options};
+use super::{OrFail, Step, refusal};
 use crate::oci::Mount;
 
 /// Flags of mount(2) that are the file system's, by the names that fsconfig(2) has for them.
@@ -26,6 +26,19 @@ const FLAGS: [(MsFlags, &str); 5] = [
     (MsFlags::MS_LAZYTIME, "lazytime"),
     (MsFlags::MS_MANDLOCK, "mand"),
 ];
+
+/// The tree that is to be a container's root.
+pub(super) fn prepare_root(mount: &Mount) -> Step<OwnedFd> {
+    let Some(tree) = prepare(mount)? else {
+        let kind = &mount.kind;
+        return Err(refusal(format!("a root can't be on a disk with {kind:?}")));
+    };
+    // Here, where nothing that the root holds can be in the way.
+    let own = Options::parse(&mount.options)?.own;
+    let applied = own.apply(tree.as_fd(), Depth::Single);
+    applied.or_fail(|| "set the options of the root's mount".into())?;
+    Ok(tree)
+}
 
 /// The tree of a mount, if it is one from a disk.
 pub(super) fn prepare(mount: &Mount) -> Step<Option<OwnedFd>> {
@@ -110,6 +123,20 @@ mod tests {
         let failure = prepare(&mount("ext4", &["noatime", "nosuch=1"])).unwrap_err();
         assert!(failure.text.contains("/data"), "{failure}");
         assert!(prepare(&mount("ext4", &["remount"])).is_err());
+    }
+
+    #[test]
+    fn root_that_can_not_be_mounted_is_told_of() {
+        let root = |kind, options| Mount {
+            destination: "/".into(),
+            ..mount(kind, options)
+        };
+        for (kind, options) in [("tmpfs", &[][..]), ("bind", &[]), ("ext4", &["bind"])] {
+            let failure = prepare_root(&root(kind, options)).unwrap_err();
+            assert!(failure.is_request_at_fault, "{kind}: {failure}");
+        }
+        let failure = prepare_root(&root("ext4", &["ro"])).unwrap_err();
+        assert!(failure.text.contains("ext4 file system for /"), "{failure}");
     }
 
     #[test]

@@ -24,7 +24,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
 
-use crate::oci::{NamespaceKind, Spec};
+use crate::oci::{Mount, NamespaceKind, Spec};
 use crate::plan::{
     self, FAILURE_TEXT_BYTES_MAX, Failure, HANDOVER_FDS, Handover, Place, Plan, Report,
 };
@@ -94,8 +94,8 @@ fn run(channel: BorrowedFd<'_>) -> Step {
     // Takes rights over the file systems, which a user namespace does not give, and over their
     // disks, which the container's rules for devices need not allow.
     let trees = match &plan.place {
-        Place::Create(spec) => trees_of(spec)?,
-        Place::Enter { .. } | Place::Pause => Vec::new(),
+        Place::Create(spec) => Trees::of(spec, plan.root_disk.as_ref())?,
+        Place::Enter { .. } | Place::Pause => Trees::default(),
     };
     if namespaces::enter_or_prepare(channel, &plan)? == Fork::Child {
         return match plan.place {
@@ -106,16 +106,29 @@ fn run(channel: BorrowedFd<'_>) -> Step {
     Ok(())
 }
 
-/// The trees of those mounts that are made before there is a child, in the places of the mounts.
-fn trees_of(spec: &Spec) -> Step<Vec<Option<OwnedFd>>> {
-    let mapped = idmap::prepare(spec)?;
-    let mounts = spec.mounts.iter().zip(mapped);
-    mounts
-        .map(|(mount, mapped)| match mapped {
+/// What is mounted before there is a child, and nowhere yet.
+#[derive(Default)]
+struct Trees {
+    /// The container's root, if it is on a disk.
+    root: Option<OwnedFd>,
+    /// In the places of the spec's mounts.
+    mounts: Vec<Option<OwnedFd>>,
+}
+
+impl Trees {
+    fn of(spec: &Spec, root_disk: Option<&Mount>) -> Step<Self> {
+        let root = root_disk.map(disks::prepare_root).transpose()?;
+        let mapped = idmap::prepare(spec)?;
+        let mounts = spec.mounts.iter().zip(mapped);
+        let mounts = mounts.map(|(mount, mapped)| match mapped {
             Some(tree) => Ok(Some(tree)),
             None => disks::prepare(mount),
+        });
+        Ok(Self {
+            root,
+            mounts: mounts.collect::<Step<_>>()?,
         })
-        .collect()
+    }
 }
 
 fn take_plan(channel: BorrowedFd<'_>) -> Step<(Plan, [OwnedFd; 3])> {
@@ -134,7 +147,7 @@ fn become_process(
     channel: BorrowedFd<'_>,
     plan: &Plan,
     streams: &[OwnedFd; 3],
-    trees: &[Option<OwnedFd>],
+    trees: &Trees,
 ) -> Step {
     // The agent must know the pid before anything can end this process on its own account.
     plan::await_order(channel).or_fail(|| "wait for the agent".into())?;
@@ -189,11 +202,11 @@ fn become_process(
 }
 
 /// Everything up to the point where the container's root is the only one.
-fn build_container(spec: &Spec, trees: &[Option<OwnedFd>]) -> Step {
-    let root = rootfs::prepare(spec)?;
+fn build_container(spec: &Spec, trees: &Trees) -> Step {
+    let root = rootfs::prepare(spec, trees.root.as_ref())?;
     let mut sealed_later = Vec::new();
     for (index, mount) in spec.mounts.iter().enumerate() {
-        let tree = trees.get(index).and_then(Option::as_ref);
+        let tree = trees.mounts.get(index).and_then(Option::as_ref);
         mounts::mount(root.as_fd(), mount, tree, &mut sealed_later)?;
     }
     nodes::create(root.as_fd(), spec)?;

@@ -6,12 +6,13 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::fs::{Mode, OFlags};
 
-use super::mounts::{Attributes, Depth, open_here};
+use super::mounts::{Attributes, Depth, move_onto, open_here};
 use super::{OrFail, Step, refusal};
 use crate::oci::Spec;
 
-/// Cuts the mounts off from the agent's and returns the root's directory, a mount of its own.
-pub(super) fn prepare(spec: &Spec) -> Step<OwnedFd> {
+/// Cuts the mounts off from the agent's and returns the root's directory, a mount of its own. `made` is
+/// its tree, if that was made already.
+pub(super) fn prepare(spec: &Spec, made: Option<&OwnedFd>) -> Step<OwnedFd> {
     // Slave at most: nothing that is mounted here may show up in the agent's namespace.
     let first =
         propagation(&spec.linux.rootfs_propagation)?.map_or(
@@ -32,14 +33,16 @@ pub(super) fn prepare(spec: &Spec) -> Step<OwnedFd> {
         )));
     }
     // pivot_root wants a mount, and one that propagates nowhere.
-    mount(
-        Some(path),
-        path,
-        NONE,
-        MsFlags::MS_BIND | MsFlags::MS_REC,
-        NONE,
-    )
-    .or_fail(step)?;
+    match made {
+        Some(tree) => {
+            let place = open_here(path).or_fail(step)?;
+            move_onto(tree.as_fd(), place.as_fd()).or_fail(step)?;
+        }
+        None => {
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+            mount(Some(path), path, NONE, flags, NONE).or_fail(step)?;
+        }
+    }
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(path, flags, Mode::empty()).or_fail(step)?;
     Ok(root)
@@ -114,6 +117,6 @@ mod tests {
     fn root_must_be_absolute() {
         let mut spec = Spec::default();
         spec.linux.rootfs_propagation = "sideways".into();
-        assert!(prepare(&spec).is_err());
+        assert!(prepare(&spec, None).is_err());
     }
 }

@@ -21,6 +21,7 @@ fn container_that_is_too_late_is_undone_and_can_be_made_again() {
                 "late",
                 spec.to_string().as_bytes(),
                 "/bundle",
+                None,
                 &streams.request,
             )
             .await
@@ -43,7 +44,7 @@ fn container_that_is_too_late_is_undone_and_can_be_made_again() {
         let spec = fixture.spec(&["true"]).to_string();
         let sandbox = &fixture.sandbox;
         sandbox
-            .create("late", spec.as_bytes(), "/bundle", &streams.request)
+            .create("late", spec.as_bytes(), "/bundle", None, &streams.request)
             .await?;
         sandbox.start("late", "").await?;
         streams.exchange(b"").await?;

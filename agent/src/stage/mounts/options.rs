@@ -20,7 +20,7 @@ pub(in crate::stage) struct Options {
     /// Flags of mount(2).
     pub(in crate::stage) flags: MsFlags,
     /// The same as attributes of the mount itself.
-    pub(super) own: Attributes,
+    pub(in crate::stage) own: Attributes,
     /// Attributes of the mount and of all that is mounted below it.
     pub(super) tree: Attributes,
     /// Propagation, set by calls of their own.
