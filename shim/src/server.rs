@@ -22,7 +22,7 @@ use ttrpc::r#async::transport::Listener;
 use crate::args::Arguments;
 use crate::bootstrap::{TTRPC_ADDRESS, socket_path};
 use crate::events::Publisher;
-use crate::pod::{Exit, GuestProcess, NewContainer, Pod, PodError, PodMaker};
+use crate::pod::{Exit, GuestProcess, NewContainer, Pod, PodError, PodMaker, RootMount};
 use crate::service::{Service, chain};
 use crate::stdio::Ends;
 use crate::{log, rpc};
@@ -136,7 +136,7 @@ impl PodMaker for Maker {
             PodError::new(Code::FAILED_PRECONDITION, chain(error))
         };
         let settings = Settings::load().map_err(|error| failed(&error))?;
-        let pod = PodRequest::of(&first.spec, &settings.vm)
+        let pod = PodRequest::of(&first.spec, &rootfs(&first.rootfs), &settings.vm)
             .map_err(|error| PodError::new(Code::INVALID_ARGUMENT, chain(&error)))?;
         let install = Install::locate_with(&settings).map_err(|error| failed(&error))?;
         let config = SandboxConfig {
@@ -304,6 +304,16 @@ fn process_io(terminal: bool, ends: Ends) -> ProcessIo {
     }
 }
 
+fn rootfs(mounts: &[RootMount]) -> Vec<RootfsMount> {
+    let mounts = mounts.iter().map(|mount| RootfsMount {
+        fstype: mount.fstype.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+    });
+    mounts.collect()
+}
+
 #[async_trait]
 impl Pod for SandboxPod {
     fn host_pid(&self) -> u32 {
@@ -311,22 +321,12 @@ impl Pod for SandboxPod {
     }
 
     async fn create_container(&self, new: NewContainer) -> Result<(), PodError> {
-        let rootfs = new
-            .rootfs
-            .into_iter()
-            .map(|mount| RootfsMount {
-                fstype: mount.fstype,
-                source: mount.source,
-                target: mount.target,
-                options: mount.options,
-            })
-            .collect();
         self.sandbox
             .create_container(ContainerRequest {
                 id: new.id,
                 bundle: new.bundle,
                 spec: new.spec,
-                rootfs,
+                rootfs: rootfs(&new.rootfs),
                 io: process_io(new.terminal, new.ends),
             })
             .await?;

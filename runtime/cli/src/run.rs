@@ -159,7 +159,7 @@ async fn run_sandbox(arguments: &Arguments) -> Result<u8> {
     let settings = Settings::load()?;
     let has_terminal = arguments.has_terminal();
     let bundle = Bundle::read(arguments, has_terminal)?;
-    let disk_slots = husk_sandbox::check_spec(&bundle.spec)?;
+    let disk_slots = husk_sandbox::check_spec(&bundle.spec, &[])?;
     let config = SandboxConfig {
         namespace: NAMESPACE.to_owned(),
         id: arguments.id(),

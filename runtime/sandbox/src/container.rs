@@ -19,7 +19,8 @@ use oci_spec::runtime::{Process, Spec};
 use serde::Serialize;
 
 use crate::agent::context;
-use crate::hooks::{self, Lifecycle};
+use crate::disks::RootDisk;
+use crate::hooks::{self, Kind, Lifecycle};
 use crate::policy;
 use crate::sandbox::in_background;
 use crate::spec::{GuestSpec, guest_spec};
@@ -27,7 +28,7 @@ use crate::state::is_name;
 use crate::{ContainerError, Role, Sandbox};
 
 use calls::wait_request;
-use files::ContainerFiles;
+use files::{ContainerFiles, Root};
 pub(crate) use streams::SourcePorts;
 use streams::check_io;
 pub use streams::{Drained, ProcessIo};
@@ -130,13 +131,20 @@ impl Sandbox {
             })
             .await?;
         }
+        let has_hooks_inside = hooks.has(Kind::CreateContainer);
+        let (rootfs, root_disk) = find_root_disk(rootfs, has_hooks_inside).await?;
         let disks = std::mem::take(&mut guest.disks);
-        self.give_disks(&id, &mut guest.spec, disks).await?;
+        let disks = self.give_disks(&id, &mut guest.spec, disks, root_disk);
+        let root_disk = disks.await?;
+        let root = match root_disk {
+            Some(_) => Root::Disk,
+            None => Root::Share(rootfs),
+        };
         let told = self.places_told(&id, &guest);
         let spec_json = to_json(&guest.spec)?;
         let files = ContainerFiles::new(&self.state, &id);
         let created = async {
-            self.prepare_on_host(&files, &bundle, guest, rootfs, &hooks)
+            self.prepare_on_host(&files, &bundle, guest, root, &hooks)
                 .await?;
             // The hooks have left the pod's network namespace as it is to be.
             self.follow_network().await?;
@@ -144,6 +152,7 @@ impl Sandbox {
                 container_id: id.clone(),
                 spec_json,
                 bundle: bundle.display().to_string(),
+                root: root_disk.into(),
                 ..Default::default()
             };
             self.create_in_guest(&id, made, io).await
@@ -186,13 +195,13 @@ impl Sandbox {
         files: &ContainerFiles,
         bundle: &Path,
         guest: GuestSpec,
-        rootfs: Vec<RootfsMount>,
+        root: Root,
         hooks: &Lifecycle,
     ) -> Result<(), ContainerError> {
         let (files, bundle, hooks) = (files.clone(), bundle.to_owned(), hooks.clone());
         let (state, netns, pid) = (self.state.clone(), self.netns.clone(), self.vmm_pid());
         in_background(move || {
-            files.mount(&bundle, &guest, rootfs, |root| {
+            files.mount(&bundle, &guest, root, |root| {
                 hooks::arm_poststop(&state, &hooks)?;
                 hooks::run_while_creating(&hooks, root, &netns, pid)
             })
@@ -316,6 +325,21 @@ impl Sandbox {
         let deadline = Some(CALL_DEADLINE);
         self.agent.call(&self.vmm, name, deadline, make).await
     }
+}
+
+/// Chooses where a root is to be mounted.
+async fn find_root_disk(
+    rootfs: Vec<RootfsMount>,
+    has_hooks_inside: bool,
+) -> Result<(Vec<RootfsMount>, Option<RootDisk>), ContainerError> {
+    if !RootDisk::is_likely(&rootfs) {
+        return Ok((rootfs, None));
+    }
+    in_background(move || {
+        let root = RootDisk::of(&rootfs, has_hooks_inside)?;
+        Ok((rootfs, root))
+    })
+    .await
 }
 
 fn check_name(what: &str, name: &str) -> Result<(), ContainerError> {

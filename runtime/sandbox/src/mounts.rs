@@ -18,7 +18,7 @@ use nix::sched::CloneFlags;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use crate::RootfsMount;
-use options::Options;
+pub(crate) use options::Options;
 
 /// Why something could not be mounted.
 #[derive(Debug, thiserror::Error)]

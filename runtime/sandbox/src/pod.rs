@@ -7,7 +7,7 @@ use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxNamespaceType, LinuxResource
 
 use crate::cgroup::CGROUP_ROOT;
 use crate::spec::{self, SpecError};
-use crate::{VmSettings, namespaces};
+use crate::{RootfsMount, VmSettings, namespaces};
 
 /// A container's part in its pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,12 +48,16 @@ impl Role {
 }
 
 impl PodRequest {
-    /// Reads the spec of a pod's first container.
+    /// Reads the spec of a pod's first container, and the mounts of its root.
     ///
     /// # Errors
     /// [`SpecError`] for what no pod can be given: found before anything is made.
-    pub fn of(spec: &Spec, settings: &VmSettings) -> Result<Self, SpecError> {
-        let disks = spec::check(spec)?;
+    pub fn of(
+        spec: &Spec,
+        rootfs: &[RootfsMount],
+        settings: &VmSettings,
+    ) -> Result<Self, SpecError> {
+        let disks = spec::check(spec, rootfs)?;
         let is_pod = Role::of(spec) == Role::Sandbox;
         if is_pod && namespaces::has(spec, LinuxNamespaceType::User) {
             return Err(SpecError::Unsupported {
@@ -262,7 +266,7 @@ mod tests {
     fn request(annotations: &Value) -> Result<PodRequest, SpecError> {
         let mut annotations = annotations.clone();
         annotations[CONTAINER_TYPE[0]] = "sandbox".into();
-        PodRequest::of(&spec(&annotations, ""), &VmSettings::default())
+        PodRequest::of(&spec(&annotations, ""), &[], &VmSettings::default())
     }
 
     /// A container alone, with resources of its own.
@@ -270,7 +274,7 @@ mod tests {
         let mut spec = spec_json(&json!({}), "");
         spec["linux"]["resources"] = resources.clone();
         let spec = serde_json::from_value(spec).unwrap();
-        PodRequest::of(&spec, &VmSettings::default()).unwrap()
+        PodRequest::of(&spec, &[], &VmSettings::default()).unwrap()
     }
 
     #[test]

@@ -12,12 +12,13 @@ use husk_vmm_control::DISKS_MAX;
 use nix::sys::statvfs::{FsFlags, statvfs};
 use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Mount, Spec};
 
-use crate::disks::{self, WantedDisk};
-use crate::hooks::Lifecycle;
+use crate::disks::{self, RootDisk, WantedDisk};
+use crate::hooks::{Kind, Lifecycle};
 use crate::mounts::Volume;
 use crate::namespaces;
 use crate::policy;
 use crate::volumes::{self, MemoryVolumes};
+use crate::{Role, RootfsMount};
 
 /// Why a spec can't be served by a guest.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -26,6 +27,14 @@ pub enum SpecError {
     /// A part that every container needs is missing.
     #[error("config.json: {0} is missing")]
     Missing(&'static str),
+    /// A root that can be mounted neither in a guest nor on the host.
+    #[error("the root file system {image:?}: {reason}")]
+    Root {
+        /// What it is on.
+        image: PathBuf,
+        /// Why it can't be mounted.
+        reason: &'static str,
+    },
     /// A part that can't work in a guest.
     #[error("config.json: {what}: {reason}")]
     Unsupported {
@@ -102,17 +111,24 @@ fn guest_dir(container: &str) -> PathBuf {
 }
 
 /// Refuses what no guest can give, before there is one. Answers with how many slots for disks
-/// ([`SandboxConfig::disk_slots`](crate::SandboxConfig)) the container takes at most.
+/// ([`SandboxConfig::disk_slots`](crate::SandboxConfig)) the container takes at most, its root among
+/// them.
 ///
 /// # Errors
 /// [`SpecError`], as the container's creation would fail later.
-pub fn check(spec: &Spec) -> Result<usize, SpecError> {
-    Lifecycle::of(spec, "", Path::new(""))?;
+pub fn check(spec: &Spec, rootfs: &[RootfsMount]) -> Result<usize, SpecError> {
+    let hooks = Lifecycle::of(spec, "", Path::new(""))?;
     let guest = guest_spec(spec.clone(), "", None, &mut MemoryVolumes::new(""))?;
     for disk in &guest.disks {
         disk.check()?;
     }
-    Ok(guest.disks.len())
+    let root = match Role::of(spec) {
+        // Its root is not mounted.
+        Role::Sandbox => None,
+        Role::Alone | Role::Member => RootDisk::of(rootfs, hooks.has(Kind::CreateContainer))?,
+    };
+    let wanted = guest.disks.len() + usize::from(root.is_some());
+    Ok(wanted.min(DISKS_MAX))
 }
 
 /// Rewrites a spec for the guest. `pod` is the pid on the host of the process that stands for the
@@ -487,7 +503,7 @@ mod tests {
             spec["linux"]["devices"] =
                 json!([{ "type": "b", "path": "/dev/disk", "major": 4095, "minor": 0 }]);
         });
-        let text = check(&spec).unwrap_err().to_string();
+        let text = check(&spec, &[]).unwrap_err().to_string();
         assert!(text.contains("/dev/disk"), "{text}");
     }
 

@@ -21,6 +21,15 @@ pub(super) struct ContainerFiles {
     staging: PathBuf,
 }
 
+/// Where a container's root is.
+#[derive(Debug)]
+pub(super) enum Root {
+    /// On a disk of the guest's.
+    Disk,
+    /// In the share, by these mounts; none: it is the directory that the spec names.
+    Share(Vec<RootfsMount>),
+}
+
 impl ContainerFiles {
     pub(super) fn new(state: &StateDir, container: &str) -> Self {
         Self {
@@ -30,15 +39,16 @@ impl ContainerFiles {
         }
     }
 
-    /// Mounts everything, or nothing. `hooks` may change the root before the guest can see it.
+    /// Mounts everything, or nothing. `hooks` may change the root before the guest can see it, unless
+    /// it is not there.
     pub(super) fn mount(
         &self,
         bundle: &Path,
         guest: &GuestSpec,
-        rootfs: Vec<RootfsMount>,
-        hooks: impl FnOnce(StagedRoot<'_>) -> Result<(), HookError>,
+        root: Root,
+        hooks: impl FnOnce(Option<StagedRoot<'_>>) -> Result<(), HookError>,
     ) -> Result<(), ContainerError> {
-        let mounted = self.mount_all(bundle, guest, rootfs, hooks);
+        let mounted = self.mount_all(bundle, guest, root, hooks);
         if mounted.is_err() {
             // What went wrong first is what the caller should know.
             let _ = self.unmount();
@@ -50,22 +60,33 @@ impl ContainerFiles {
         &self,
         bundle: &Path,
         guest: &GuestSpec,
-        mut rootfs: Vec<RootfsMount>,
-        hooks: impl FnOnce(StagedRoot<'_>) -> Result<(), HookError>,
+        root: Root,
+        hooks: impl FnOnce(Option<StagedRoot<'_>>) -> Result<(), HookError>,
     ) -> Result<(), ContainerError> {
         for directory in [&self.layout, &self.staging] {
             make_directory(directory)?;
         }
         make_directory(&self.layout.join("mounts"))?;
-        let is_in_place = rootfs.is_empty();
-        if is_in_place {
-            rootfs.push(own_root(&bundle.join(&guest.root))?);
-        }
-        let place = self.staging.join("rootfs");
-        make_directory(&place)?;
+        // If the root is on a disk, the guest mounts it here.
         make_directory(&self.layout.join("rootfs"))?;
+        let place = self.staging.join("rootfs");
         let target = self.shared.join("rootfs");
-        mounts::stage_rootfs(&rootfs, &place, &target)?;
+        let staged = match root {
+            Root::Disk => None,
+            Root::Share(mut rootfs) => {
+                let is_in_place = rootfs.is_empty();
+                if is_in_place {
+                    rootfs.push(own_root(&bundle.join(&guest.root))?);
+                }
+                make_directory(&place)?;
+                mounts::stage_rootfs(&rootfs, &place, &target)?;
+                let staging = place.as_path();
+                Some(StagedRoot {
+                    staging,
+                    is_in_place,
+                })
+            }
+        };
         for (index, volume) in guest.volumes.iter().enumerate() {
             let volume = Volume {
                 source: bundle.join(&volume.source),
@@ -73,11 +94,11 @@ impl ContainerFiles {
             };
             self.mount_volume(&volume, &index.to_string())?;
         }
-        hooks(StagedRoot {
-            staging: &place,
-            is_in_place,
-        })?;
-        Ok(mounts::publish(&place, &target)?)
+        hooks(staged)?;
+        match staged {
+            Some(staged) => Ok(mounts::publish(staged.staging, &target)?),
+            None => Ok(()),
+        }
     }
 
     fn mount_volume(&self, volume: &Volume, name: &str) -> Result<(), ContainerError> {

@@ -1,16 +1,16 @@
-//! Block devices as the host has them.
+//! Block devices, and files like them, as the host has them.
 //!
 //! A spec names most of them by number. Where their nodes are, the kernel says; a node of our own would
 //! not do, as few file systems let one be opened.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use husk_vmm_control::DiskConfig;
-use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::wanted::{HostDevice, Place, WantedDisk};
@@ -23,16 +23,30 @@ const SHOWN: &str = "/sys/dev/block";
 /// Where it makes their nodes.
 const NODES: &str = "/dev";
 
-/// A block device that a container asks for, in one place of its spec or in several.
+/// What the size of a disk is counted in, and its smallest block.
+const SECTOR_BYTES: u32 = 512;
+
+/// What is behind a disk. Two paths of one thing are one disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// A block device.
+    Device(Number),
+    /// A regular file, by its file system and its number there.
+    File { system: u64, inode: u64 },
+}
+
+/// A disk that a container asks for, in one place of its spec or in several.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Need {
-    pub(super) number: Number,
-    /// Its node.
+    pub(super) origin: Origin,
+    /// The device's node, or the file.
     pub(super) node: PathBuf,
     /// The guest may not write to it.
     pub(super) is_read_only: bool,
-    /// A file system on it is mounted to be written to.
+    /// It is a device, and a file system on it is mounted to be written to.
     pub(super) is_claimed: bool,
+    /// It is a root that is written to, which no two containers have.
+    pub(super) is_own: bool,
     /// Of the spec.
     pub(super) places: Vec<Place>,
 }
@@ -46,23 +60,67 @@ impl WantedDisk {
         self.find().map(drop)
     }
 
-    /// Its number and its node.
-    fn find(&self) -> Result<(Number, PathBuf), SpecError> {
+    /// What it is, and its node.
+    fn find(&self) -> Result<(Origin, PathBuf), SpecError> {
         let refuse = |reason| SpecError::Unsupported {
             what: self.what.clone(),
             reason,
         };
         match &self.device {
             HostDevice::Number(number) => match node_of(*number) {
-                Some(node) => Ok((*number, node)),
+                Some(node) => Ok((Origin::Device(*number), node)),
                 None => Err(refuse("the host has no block device of that number")),
             },
             HostDevice::Path(path) => match fs::metadata(path) {
                 Ok(metadata) if metadata.file_type().is_block_device() => {
-                    Ok((Number::of_raw(metadata.rdev()), path.clone()))
+                    let number = Number::of_raw(metadata.rdev());
+                    Ok((Origin::Device(number), path.clone()))
                 }
                 _ => Err(refuse("its source is no block device of the host")),
             },
+            HostDevice::Image(path) => match image(path) {
+                Ok(origin) => Ok((origin, path.clone())),
+                Err(reason) => Err(SpecError::Root {
+                    image: path.clone(),
+                    reason,
+                }),
+            },
+        }
+    }
+}
+
+/// What a root is on, or why it is on nothing that can be a disk.
+pub(super) fn image(path: &Path) -> Result<Origin, &'static str> {
+    if path.is_relative() {
+        return Err("it is not an absolute path");
+    }
+    let missing = |_| "it is not there, or can't be looked at";
+    let found = fs::symlink_metadata(path).map_err(missing)?;
+    if found.is_file() {
+        return match found.len() {
+            0 => Err("it is empty"),
+            bytes if !bytes.is_multiple_of(SECTOR_BYTES.into()) => {
+                Err("its size is no multiple of 512 bytes")
+            }
+            _ => Ok(Origin::of_file(&found)),
+        };
+    }
+    // Nodes of the device mapper are links.
+    let behind = fs::metadata(path).map_err(missing)?;
+    if behind.file_type().is_block_device() {
+        Ok(Origin::Device(Number::of_raw(behind.rdev())))
+    } else if behind.is_file() {
+        Err("it is a link to a file, which may come to be a link to another")
+    } else {
+        Err("it is neither a block device nor a file")
+    }
+}
+
+impl Origin {
+    fn of_file(metadata: &fs::Metadata) -> Self {
+        Self::File {
+            system: metadata.dev(),
+            inode: metadata.ino(),
         }
     }
 }
@@ -71,21 +129,29 @@ impl WantedDisk {
 pub(super) fn needs(wanted: &[WantedDisk]) -> Result<Vec<Need>, SpecError> {
     let mut needs: Vec<Need> = Vec::new();
     for disk in wanted {
-        let (number, node) = disk.find()?;
-        // As with runc, such a device can be given to be written to, and then can't.
-        let is_read_only = disk.is_read_only || shown(number, "ro").is_some_and(|ro| ro == "1");
-        let is_claimed = matches!(disk.place, Place::Mount(_)) && !is_read_only;
-        match needs.iter_mut().find(|need| need.number == number) {
+        let (origin, node) = disk.find()?;
+        let (is_device, is_sealed) = match origin {
+            // As with runc, such a device can be given to be written to, and then can't.
+            Origin::Device(number) => (true, shown(number, "ro").is_some_and(|ro| ro == "1")),
+            Origin::File { .. } => (false, false),
+        };
+        let is_read_only = disk.is_read_only || is_sealed;
+        let is_mounted = matches!(disk.place, Place::Mount(_) | Place::Root);
+        let is_claimed = is_device && is_mounted && !is_read_only;
+        let is_own = disk.place == Place::Root && !is_read_only;
+        match needs.iter_mut().find(|need| need.origin == origin) {
             Some(need) => {
                 need.is_read_only &= is_read_only;
                 need.is_claimed |= is_claimed;
+                need.is_own |= is_own;
                 need.places.push(disk.place);
             }
             None => needs.push(Need {
-                number,
+                origin,
                 node,
                 is_read_only,
                 is_claimed,
+                is_own,
                 places: vec![disk.place],
             }),
         }
@@ -100,42 +166,91 @@ impl Need {
             true => OFlags::RDONLY,
             false => OFlags::RDWR,
         };
-        let file = self.open_as(mode)?;
-        let bytes =
-            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|errno| self.failed(errno))?;
+        let (file, bytes, block_bytes, frees) = match self.origin {
+            Origin::Device(number) => {
+                let file = self.open_device(mode, number)?;
+                let bytes = rustix::fs::seek(&file, SeekFrom::End(0));
+                let bytes = bytes.map_err(|errno| self.failed(errno))?;
+                let block_bytes = rustix::fs::ioctl_blksszget(&file);
+                let block_bytes = block_bytes.map_err(|errno| self.failed(errno))?;
+                let frees = shown(number, "queue/write_zeroes_max_bytes")
+                    .or_else(|| shown(number, "../queue/write_zeroes_max_bytes"));
+                let frees = frees.is_some_and(|bytes| bytes != "0");
+                (file, bytes, block_bytes, frees)
+            }
+            Origin::File { .. } => {
+                let (file, bytes) = self.open_file(mode)?;
+                // Where the file system can't make holes, the guest is told so by the first one.
+                (file, bytes, SECTOR_BYTES, true)
+            }
+        };
         if bytes == 0 {
             return Err(DiskError::Empty {
                 node: self.node.clone(),
             });
         }
-        let block_bytes = rustix::fs::ioctl_blksszget(&file).map_err(|errno| self.failed(errno))?;
-        let frees = shown(self.number, "queue/write_zeroes_max_bytes")
-            .or_else(|| shown(self.number, "../queue/write_zeroes_max_bytes"));
         let config = DiskConfig {
             bytes,
             block_bytes,
             is_read_only: self.is_read_only,
-            can_zero: !self.is_read_only && frees.is_some_and(|bytes| bytes != "0"),
+            can_zero: !self.is_read_only && frees,
             serial,
         };
         Ok((config, file))
     }
 
-    /// Keeps everybody else on the host from mounting it: two kernels that write to a file system
-    /// destroy it. Blocks.
-    pub(super) fn claim(&self) -> Result<OwnedFd, DiskError> {
-        self.open_as(OFlags::RDONLY | OFlags::EXCL)
+    /// Opens a file, which is locked for as long as somebody has it open: as with a device, two kernels
+    /// that write to a file system destroy it.
+    fn open_file(&self, mode: OFlags) -> Result<(OwnedFd, u64), DiskError> {
+        // What has taken its place may be a pipe that nobody writes to.
+        let flags = mode | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let opened = rustix::fs::open(&self.node, flags, Mode::empty());
+        let file = File::from(opened.map_err(|errno| self.failed(errno))?);
+        let metadata = file.metadata().map_err(|source| DiskError::Open {
+            node: self.node.clone(),
+            source,
+        })?;
+        let node = || self.node.clone();
+        if !metadata.is_file() || Origin::of_file(&metadata) != self.origin {
+            return Err(DiskError::Replaced { node: node() });
+        }
+        let bytes = metadata.len();
+        if !bytes.is_multiple_of(SECTOR_BYTES.into()) {
+            let node = node();
+            return Err(DiskError::Size { node, bytes });
+        }
+        let lock = match self.is_read_only {
+            true => FlockOperation::NonBlockingLockShared,
+            false => FlockOperation::NonBlockingLockExclusive,
+        };
+        match rustix::fs::flock(&file, lock) {
+            Ok(()) => Ok((file.into(), bytes)),
+            Err(Errno::WOULDBLOCK) => Err(DiskError::Busy { node: node() }),
+            Err(errno) => Err(self.failed(errno)),
+        }
     }
 
-    fn open_as(&self, mode: OFlags) -> Result<OwnedFd, DiskError> {
+    /// Keeps everybody else on the host from mounting it: two kernels that write to a file system
+    /// destroy it. None if nothing is to be kept from them. Blocks.
+    pub(super) fn claim(&self) -> Result<Option<OwnedFd>, DiskError> {
+        match self.origin {
+            Origin::Device(number) if self.is_claimed => {
+                let claim = self.open_device(OFlags::RDONLY | OFlags::EXCL, number)?;
+                Ok(Some(claim))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn open_device(&self, mode: OFlags, number: Number) -> Result<OwnedFd, DiskError> {
         let opened = rustix::fs::open(&self.node, mode | OFlags::CLOEXEC, Mode::empty());
         let file = opened.map_err(|errno| self.failed(errno))?;
         let stat = rustix::fs::fstat(&file).map_err(|errno| self.failed(errno))?;
         let is_block = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
-        if !is_block || Number::of_raw(stat.st_rdev) != self.number {
+        if !is_block || Number::of_raw(stat.st_rdev) != number {
             return Err(DiskError::Another {
                 node: self.node.clone(),
-                number: self.number,
+                number,
             });
         }
         Ok(file)
@@ -169,56 +284,4 @@ fn node_of(number: Number) -> Option<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn wanted(device: HostDevice) -> WantedDisk {
-        WantedDisk {
-            place: Place::Mount(0),
-            device,
-            is_read_only: false,
-            what: "mount at \"/a\"".to_owned(),
-        }
-    }
-
-    fn need(node: &Path) -> Need {
-        Need {
-            number: Number { major: 7, minor: 3 },
-            node: node.to_owned(),
-            is_read_only: true,
-            is_claimed: false,
-            places: Vec::new(),
-        }
-    }
-
-    #[test]
-    fn what_is_no_block_device_is_refused_by_name() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        for path in [
-            Path::new("/no/such/device"),
-            Path::new("/dev/null"),
-            Path::new("/"),
-            file.path(),
-        ] {
-            let refused = wanted(HostDevice::Path(path.into())).check().unwrap_err();
-            assert!(refused.to_string().contains("mount at \"/a\""), "{refused}");
-        }
-        // No major is as high.
-        let number = Number {
-            major: 4095,
-            minor: 0,
-        };
-        assert!(wanted(HostDevice::Number(number)).check().is_err());
-    }
-
-    #[test]
-    fn node_of_another_device_is_not_given() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        for node in [file.path(), Path::new("/dev/zero")] {
-            let error = need(node).open("disk0".to_owned()).unwrap_err();
-            assert!(matches!(error, DiskError::Another { .. }), "{error}");
-        }
-        let error = need(Path::new("/no/node")).claim().unwrap_err();
-        assert!(matches!(error, DiskError::Open { .. }), "{error}");
-    }
-}
+mod tests;

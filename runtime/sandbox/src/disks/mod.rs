@@ -6,6 +6,7 @@
 //! the guest would hold what is written to it twice otherwise. It is pulled out after the last of them.
 
 mod host;
+mod root;
 mod wanted;
 
 use std::collections::BTreeSet;
@@ -15,22 +16,24 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use husk_protocol::messages;
 use oci_spec::runtime::Spec;
 use tokio::time::timeout;
 
 use crate::error::describe;
 use crate::sandbox::in_background;
 use crate::{ContainerError, Sandbox};
-use host::{Need, needs};
+use host::{Need, Origin, needs};
+pub(crate) use root::RootDisk;
+use wanted::{Place, place, renumber};
 pub(crate) use wanted::{WantedDisk, of_devices, of_mount};
-use wanted::{place, renumber};
 
-/// Why a container can't have a block device.
+/// Why a container can't have a block device, or a file like one.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DiskError {
     /// It is there and can't be opened.
-    #[error("cannot open the block device {node:?}")]
+    #[error("cannot open the disk {node:?}")]
     Open {
         /// Its node on the host.
         node: PathBuf,
@@ -38,13 +41,13 @@ pub enum DiskError {
         source: io::Error,
     },
     /// It takes too long.
-    #[error("the block device {node:?} was not opened within {OPEN_DEADLINE:?}")]
+    #[error("the disk {node:?} was not opened within {OPEN_DEADLINE:?}")]
     Deadline {
         /// Its node on the host.
         node: PathBuf,
     },
     /// Somebody on the host has mounted it, or has it for himself otherwise.
-    #[error("the block device {node:?} is in use on the host")]
+    #[error("the disk {node:?} is in use on the host")]
     Busy {
         /// Its node on the host.
         node: PathBuf,
@@ -57,8 +60,22 @@ pub enum DiskError {
         /// Whose it should be.
         number: Number,
     },
+    /// Another file has taken its place.
+    #[error("{node:?} is not the file that it was")]
+    Replaced {
+        /// The file.
+        node: PathBuf,
+    },
+    /// Not made of sectors.
+    #[error("the disk {node:?} has {bytes} bytes, which is no multiple of 512")]
+    Size {
+        /// The file.
+        node: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
     /// A device without a medium.
-    #[error("the block device {node:?} has no bytes: is there something in it?")]
+    #[error("the disk {node:?} has no bytes: is there something in it?")]
     Empty {
         /// Its node on the host.
         node: PathBuf,
@@ -75,10 +92,16 @@ pub enum DiskError {
     },
     /// What one container must not write to, the guest must not.
     #[error(
-        "the block device {node:?} can't be given to be written to: another container of the pod \
+        "the disk {node:?} can't be given to be written to: another container of the pod \
          has it read-only"
     )]
     ReadOnly {
+        /// Its node on the host.
+        node: PathBuf,
+    },
+    /// Two containers that write to one root would each meet the other's files in it.
+    #[error("the disk {node:?} is another container's root, or can't be this one's beside it")]
+    Taken {
         /// Its node on the host.
         node: PathBuf,
     },
@@ -137,9 +160,10 @@ enum Slot {
 /// A disk that is plugged in.
 #[derive(Debug)]
 struct Disk {
-    /// On the host.
-    number: Number,
+    origin: Origin,
     is_read_only: bool,
+    /// No other container may have it.
+    is_own: bool,
     in_guest: GuestDisk,
     /// Keeps it from being mounted on the host.
     claim: Option<OwnedFd>,
@@ -166,9 +190,14 @@ impl Disks {
             Slot::Taken(disk) => Some(disk),
             Slot::Free | Slot::Lost => None,
         });
-        let Some(disk) = disks.into_iter().find(|disk| disk.number == need.number) else {
+        let Some(disk) = disks.into_iter().find(|disk| disk.origin == need.origin) else {
             return Ok(None);
         };
+        if disk.is_own || need.is_own {
+            return Err(DiskError::Taken {
+                node: need.node.clone(),
+            });
+        }
         if disk.is_read_only && !need.is_read_only {
             return Err(DiskError::ReadOnly {
                 node: need.node.clone(),
@@ -209,7 +238,8 @@ impl Disks {
 }
 
 impl Sandbox {
-    /// Plugs in what a container asks for, and has its spec speak of the guest's disks.
+    /// Plugs in what a container asks for, and has its spec speak of the guest's disks. Answers with
+    /// its root, unless that is to be mounted on the host.
     ///
     /// # Errors
     /// [`ContainerError`]; the caller takes back what was given by then.
@@ -217,18 +247,35 @@ impl Sandbox {
         &self,
         container: &str,
         spec: &mut Spec,
-        wanted: Vec<WantedDisk>,
-    ) -> Result<(), ContainerError> {
+        mut wanted: Vec<WantedDisk>,
+        root: Option<RootDisk>,
+    ) -> Result<Option<messages::RootDisk>, ContainerError> {
+        let can_be_on_host = root.as_ref().is_some_and(|root| root.can_be_on_host);
+        // Last, as it may do without a slot.
+        wanted.extend(root.as_ref().map(|root| root.wanted.clone()));
         let mut given = Vec::new();
+        let mut on_root = None;
         if !wanted.is_empty() {
             let needs = in_background(move || needs(&wanted)).await?;
             let mut disks = self.disks.lock().await;
             for need in needs {
-                let disk = self.give_disk(&mut disks, container, &need).await?;
+                let disk = match self.give_disk(&mut disks, container, &need).await {
+                    Err(ContainerError::Disk(DiskError::NoSlot { .. }))
+                        if can_be_on_host && need.places == [Place::Root] =>
+                    {
+                        continue;
+                    }
+                    disk => disk?,
+                };
                 for at in &need.places {
                     place(spec, *at, &disk);
                 }
-                given.push((need.number, disk.number));
+                if let Origin::Device(number) = need.origin {
+                    given.push((number, disk.number));
+                }
+                if need.places.contains(&Place::Root) {
+                    on_root = Some(disk);
+                }
             }
         }
         if let Some(linux) = spec.linux_mut() {
@@ -238,7 +285,7 @@ impl Sandbox {
             };
             renumber(linux, guests);
         }
-        Ok(())
+        Ok(root.zip(on_root).map(|(root, disk)| root.on(&disk)))
     }
 
     async fn give_disk(
@@ -249,14 +296,14 @@ impl Sandbox {
     ) -> Result<GuestDisk, ContainerError> {
         if let Some(disk) = disks.shared(need)? {
             if need.is_claimed && disk.claim.is_none() {
-                disk.claim = Some(opened(need, Need::claim).await?);
+                disk.claim = opened(need, Need::claim).await?;
             }
             disk.users.insert(container.to_owned());
             return Ok(disk.in_guest.clone());
         }
         let slot = disks.free(need)?;
         let claim = match need.is_claimed {
-            true => Some(opened(need, Need::claim).await?),
+            true => opened(need, Need::claim).await?,
             false => None,
         };
         let disk = opened(need, move |need| need.open(format!("disk{slot}"))).await?;
@@ -267,8 +314,9 @@ impl Sandbox {
         match self.agent.attach_disk(&self.vmm, slot).await {
             Ok(in_guest) => {
                 let disk = Disk {
-                    number: need.number,
+                    origin: need.origin,
                     is_read_only: need.is_read_only,
+                    is_own: need.is_own,
                     in_guest: in_guest.clone(),
                     claim,
                     users: BTreeSet::from([container.to_owned()]),
@@ -324,81 +372,4 @@ async fn opened<T: Send + 'static>(
 const OPEN_DEADLINE: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn need(minor: u32, is_read_only: bool) -> Need {
-        Need {
-            number: Number { major: 7, minor },
-            node: format!("/dev/loop{minor}").into(),
-            is_read_only,
-            is_claimed: false,
-            places: Vec::new(),
-        }
-    }
-
-    fn plug(disks: &mut Disks, need: &Need, container: &str) -> usize {
-        let slot = disks.free(need).unwrap();
-        let disk = Disk {
-            number: need.number,
-            is_read_only: need.is_read_only,
-            in_guest: GuestDisk {
-                number: need.number,
-                node: "/dev/vda".into(),
-            },
-            claim: None,
-            users: BTreeSet::from([container.to_owned()]),
-        };
-        disks.set(slot, Slot::Taken(disk));
-        slot
-    }
-
-    #[test]
-    fn disk_without_a_slot_is_refused_by_name() {
-        let mut disks = Disks::new(1);
-        plug(&mut disks, &need(0, false), "a");
-        let text = disks.free(&need(1, false)).unwrap_err().to_string();
-        assert!(
-            text.contains("1 slots") && text.contains("/dev/loop1"),
-            "{text}"
-        );
-        assert!(Disks::default().free(&need(1, false)).is_err());
-    }
-
-    #[test]
-    fn disk_that_one_may_only_read_nobody_can_write_to() {
-        let mut disks = Disks::new(2);
-        plug(&mut disks, &need(0, true), "a");
-        plug(&mut disks, &need(1, false), "a");
-        let text = disks.shared(&need(0, false)).unwrap_err().to_string();
-        assert!(
-            text.contains("/dev/loop0") && text.contains("read-only"),
-            "{text}"
-        );
-        assert!(disks.shared(&need(0, true)).unwrap().is_some());
-        assert!(disks.shared(&need(1, true)).unwrap().is_some());
-        assert!(disks.shared(&need(2, true)).unwrap().is_none());
-    }
-
-    #[test]
-    fn disk_stays_for_as_long_as_a_container_has_it() {
-        let mut disks = Disks::new(2);
-        let slot = plug(&mut disks, &need(0, false), "a");
-        let shared = disks.shared(&need(0, false)).unwrap().unwrap();
-        shared.users.insert("b".to_owned());
-
-        assert!(disks.leave("a").is_empty());
-        assert!(disks.leave("a").is_empty());
-        assert!(disks.leave("c").is_empty());
-        assert_eq!(disks.leave("b"), [slot]);
-    }
-
-    #[test]
-    fn slot_that_the_guest_keeps_is_not_used_again() {
-        let mut disks = Disks::new(1);
-        disks.set(0, Slot::Lost);
-        assert!(disks.free(&need(0, false)).is_err());
-        disks.set(0, Slot::Free);
-        assert_eq!(disks.free(&need(0, false)).unwrap(), 0);
-    }
-}
+mod tests;

@@ -29,6 +29,8 @@ pub(crate) enum Place {
     Device(usize),
     /// Of `mounts`.
     Mount(usize),
+    /// The root, which is asked for beside the spec.
+    Root,
 }
 
 /// How a spec names a block device of the host.
@@ -36,6 +38,8 @@ pub(crate) enum Place {
 pub(crate) enum HostDevice {
     Number(Number),
     Path(PathBuf),
+    /// A device, or a file with what one would hold.
+    Image(PathBuf),
 }
 
 /// The block devices that a container is to have nodes of. One that may use all devices has the
@@ -135,6 +139,7 @@ pub(super) fn place(spec: &mut Spec, place: Place, disk: &GuestDisk) {
                 mount.set_source(Some(disk.node.clone()));
             }
         }
+        Place::Root => {}
     }
 }
 

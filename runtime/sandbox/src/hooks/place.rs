@@ -25,14 +25,19 @@ pub(crate) struct StagedRoot<'a> {
 }
 
 /// Runs the hooks that belong to the making of a container, in the specification's order. `pid`
-/// is that of a process in the pod's network namespace.
+/// is that of a process in the pod's network namespace. If the root is on a disk, those of the runtime
+/// namespace find an empty directory in its place; a container with others has its root here.
 pub(crate) fn run_while_creating(
     lifecycle: &Lifecycle,
-    root: StagedRoot<'_>,
+    root: Option<StagedRoot<'_>>,
     netns: &Netns,
     pid: u32,
 ) -> Result<(), HookError> {
     let in_runtime_namespace = [Kind::Prestart, Kind::CreateRuntime];
+    let Some(root) = root else {
+        let mut kinds = in_runtime_namespace.iter();
+        return kinds.try_for_each(|kind| lifecycle.run(*kind, ContainerState::Creating, pid));
+    };
     if in_runtime_namespace.iter().any(|kind| lifecycle.has(*kind)) {
         mounts::pass_on(root.staging).map_err(step("share the root"))?;
         let shown = Shown::at(&lifecycle.root, root)?;

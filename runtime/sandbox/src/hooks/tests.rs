@@ -130,7 +130,7 @@ fn what_hooks_mount_below_the_root_becomes_a_part_of_it() {
             is_in_place: false,
         };
 
-        run_while_creating(&lifecycle, staged, &netns, 7).unwrap();
+        run_while_creating(&lifecycle, Some(staged), &netns, 7).unwrap();
         assert_eq!(points(&root), Vec::<PathBuf>::new());
         publish(&staging, &shared.join("c")).unwrap();
 

@@ -5,15 +5,15 @@ use nix::mount::MsFlags;
 
 /// Options, taken apart.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Options {
-    pub(super) flags: MsFlags,
+pub(crate) struct Options {
+    pub(crate) flags: MsFlags,
     /// For the file system.
-    pub(super) data: Vec<String>,
+    pub(crate) data: Vec<String>,
 }
 
 impl Options {
     /// Takes options apart. Later ones win over earlier ones. The error says what can't be done.
-    pub(super) fn parse(options: &[String]) -> Result<Self, &'static str> {
+    pub(crate) fn parse(options: &[String]) -> Result<Self, &'static str> {
         let mut parsed = Self {
             flags: MsFlags::empty(),
             data: Vec::new(),
