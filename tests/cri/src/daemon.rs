@@ -2,7 +2,8 @@
 //!
 //! It has directories of its own, the runtime handlers `runc` and `husk`, a bridge network, and two
 //! images made from the machine's busybox: [`IMAGE`], and one whose command sleeps for ever, which
-//! stands for Kubernetes' pause image.
+//! stands for Kubernetes' pause image. Its snapshotter `blockfile` keeps each root in a file, and the
+//! handlers `runc-blockfile` and `husk-blockfile` use that one.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -23,6 +24,9 @@ const PAUSE_IMAGE: &str = "husk.test/pause:1";
 /// Where CRI keeps its containers.
 const NAMESPACE: &str = "k8s.io";
 
+/// Of a root that is kept in a file, and of each layer below it.
+const BLOCKFILE_BYTES: u64 = 16 << 20;
+
 /// For containerd to say that it is ready.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -30,6 +34,7 @@ const READY_DEADLINE: Duration = Duration::from_secs(120);
 pub struct Daemon {
     child: Child,
     run: PathBuf,
+    root: PathBuf,
 }
 
 /// A daemon's directories.
@@ -56,10 +61,12 @@ impl Daemon {
         fs::write(places.run.join("config.toml"), places.config())?;
         let network = serde_json::to_vec(&places.network())?;
         fs::write(places.run.join("net.d/10-husk.conflist"), network)?;
+        places.make_scratch()?;
         let images = places.make_images().context("cannot make the images")?;
         let daemon = Self {
             child: spawn(&places.run)?,
             run: places.run,
+            root: places.root,
         };
         for image in images {
             daemon.import(&image)?;
@@ -81,6 +88,16 @@ impl Daemon {
     /// Its gRPC socket.
     pub fn socket(&self) -> PathBuf {
         self.run.join("containerd.sock")
+    }
+
+    /// An archive of [`IMAGE`].
+    pub fn image(&self) -> PathBuf {
+        busybox(&self.root)
+    }
+
+    /// The files of its snapshotter `blockfile`, each with a number as its name.
+    pub fn blockfiles(&self) -> PathBuf {
+        blockfile(&self.root).join("snapshots")
     }
 
     /// What it has said so far, it and its shims.
@@ -147,10 +164,31 @@ fn spawn(directory: &Path) -> Result<Child> {
     }
 }
 
+fn busybox(root: &Path) -> PathBuf {
+    root.join("busybox.tar")
+}
+
+fn blockfile(root: &Path) -> PathBuf {
+    root.join("blockfile")
+}
+
 impl Places {
+    fn scratch(&self) -> PathBuf {
+        self.root.join("scratch.ext4")
+    }
+
+    /// What the lowest layers of the snapshotter `blockfile` begin as.
+    fn make_scratch(&self) -> Result<()> {
+        let path = self.scratch();
+        File::create(&path)?.set_len(BLOCKFILE_BYTES)?;
+        run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(path))
+    }
+
     /// Version 2 of the configuration, which containerd 1.x and 2.x read.
     fn config(&self) -> String {
         let (run, root) = (self.run.display(), self.root.display());
+        let (scratch, blockfile) = (self.scratch(), blockfile(&self.root));
+        let (scratch, blockfile) = (scratch.display(), blockfile.display());
         format!(
             r#"version = 2
 root = "{root}"
@@ -173,6 +211,17 @@ default_runtime_name = "runc"
 runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk]
 runtime_type = "io.containerd.husk.v2"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc-blockfile]
+runtime_type = "io.containerd.runc.v2"
+snapshotter = "blockfile"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk-blockfile]
+runtime_type = "io.containerd.husk.v2"
+snapshotter = "blockfile"
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+root_path = "{blockfile}"
+scratch_file = "{scratch}"
+fs_type = "ext4"
+mount_options = ["loop"]
 "#
         )
     }
@@ -204,7 +253,7 @@ runtime_type = "io.containerd.husk.v2"
 
     /// Archives of the images.
     fn make_images(&self) -> Result<[PathBuf; 2]> {
-        let busybox = self.root.join("busybox.tar");
+        let busybox = busybox(&self.root);
         run(Command::new("ctr")
             .args([OsStr::new("image"), OsStr::new("export")])
             .args([busybox.as_os_str(), OsStr::new(IMAGE)]))?;

@@ -1,6 +1,7 @@
 //! What a user types: `ctr`.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 
@@ -23,6 +24,8 @@ pub(crate) struct Ctr {
     pub(crate) image: &'static str,
     /// How long one command may take.
     pub(crate) deadline_s: u32,
+    /// The socket of a containerd that is not the machine's own.
+    pub(crate) address: Option<PathBuf>,
 }
 
 /// What a command left.
@@ -57,6 +60,7 @@ impl Ctr {
             id: format!("s-{}", scenario.replace('_', "-")),
             image: IMAGE,
             deadline_s: CTR_DEADLINE_S,
+            address: None,
         }
     }
 
@@ -118,6 +122,16 @@ impl Ctr {
         Terminal::run(rows, columns, &program)
     }
 
+    /// The same for a further container.
+    pub(crate) fn beside(&self, name: &str) -> Self {
+        Self {
+            runtime: self.runtime.clone(),
+            id: format!("{}-{name}", self.id),
+            address: self.address.clone(),
+            ..*self
+        }
+    }
+
     pub(crate) fn runtime(&self) -> &str {
         &self.runtime
     }
@@ -157,7 +171,11 @@ impl Ctr {
 
     /// The same in the background.
     pub(crate) fn spawn_ctr(&self, arguments: &[&str], input: bool) -> Result<Child> {
-        Command::new("timeout")
+        let mut command = Command::new("timeout");
+        if let Some(address) = &self.address {
+            command.env("CONTAINERD_ADDRESS", address);
+        }
+        command
             .arg("--kill-after=5")
             .arg(self.deadline_s.to_string())
             .arg("ctr")

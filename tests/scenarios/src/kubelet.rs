@@ -31,6 +31,15 @@ fn restart() -> Result<()> {
     daemon.restart()
 }
 
+/// Where containerd is, and what is in reach of it.
+pub(crate) struct Places {
+    pub(crate) socket: PathBuf,
+    /// An archive of the image that containers run.
+    pub(crate) image: PathBuf,
+    /// The files that its snapshotter `blockfile` keeps roots in.
+    pub(crate) blockfiles: PathBuf,
+}
+
 /// A client with one runtime.
 pub(crate) struct Kubelet {
     pub(crate) cri: Cri,
@@ -43,7 +52,7 @@ pub(crate) struct Kubelet {
 impl Kubelet {
     /// A client of the runtime that `ctr` is for; containerd is started if it does not run.
     pub(crate) fn new(ctr: &Ctr) -> Result<Self> {
-        let socket = start()?;
+        let socket = start()?.socket;
         Ok(Self {
             cri: Cri::connect(&socket)?,
             events: Events::listen(&socket)?,
@@ -174,10 +183,16 @@ impl Kubelet {
     }
 }
 
-fn start() -> Result<PathBuf> {
+/// Starts containerd if it does not run.
+pub(crate) fn start() -> Result<Places> {
     let mut daemon = DAEMON.lock().unwrap_or_else(PoisonError::into_inner);
-    match &*daemon {
-        Some(daemon) => Ok(daemon.socket()),
-        None => Ok(daemon.insert(Daemon::start("cri")?).socket()),
-    }
+    let daemon = match &mut *daemon {
+        Some(daemon) => daemon,
+        none => none.insert(Daemon::start("cri")?),
+    };
+    Ok(Places {
+        socket: daemon.socket(),
+        image: daemon.image(),
+        blockfiles: daemon.blockfiles(),
+    })
 }

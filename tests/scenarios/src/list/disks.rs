@@ -76,7 +76,7 @@ impl Loop {
         json!({ "destination": destination, "type": "ext4", "source": self.0, "options": options })
     }
 
-    fn for_pod(&self, path: &str, permissions: &str) -> Device {
+    pub(super) fn for_pod(&self, path: &str, permissions: &str) -> Device {
         Device {
             container_path: path.to_owned(),
             host_path: self.0.display().to_string(),

@@ -2,6 +2,7 @@
 
 mod basics;
 mod clock;
+mod disk_roots;
 mod disks;
 mod docker;
 mod embedded;
@@ -205,6 +206,7 @@ pub(crate) const ALL: &[Scenario] = &[
     both("devices", |ctr| spec_mounts::devices(ctr)),
     both("block_devices", |ctr| disks::of_the_spec(ctr)),
     husk("block_devices_refused", |ctr| disks::refused(ctr)),
+    both("root_on_a_disk", disk_roots::in_a_file).since(CONTAINERD_1_7),
     both("masked_and_readonly_paths", |ctr| {
         spec_mounts::masked_and_readonly_paths(ctr)
     }),
@@ -262,6 +264,7 @@ pub(crate) const ALL: &[Scenario] = &[
         pods::volume_changes_heard(ctr)
     }),
     both_pods("pods_block_devices", |ctr| disks::of_a_pod(ctr)),
+    both_pods("pods_roots_on_disks", |ctr| disk_roots::of_a_pod(ctr)),
     both_pods("pods_ports_forwarded", |ctr| {
         pods_network::ports_forwarded(ctr)
     }),
