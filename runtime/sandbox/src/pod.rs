@@ -353,6 +353,32 @@ mod tests {
     }
 
     #[test]
+    fn root_in_a_file_takes_a_slot_of_a_container_alone() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let slots = |annotations: &Value, fstype: &str| {
+            let root = RootfsMount {
+                fstype: fstype.to_owned(),
+                source: file.path().display().to_string(),
+                ..RootfsMount::default()
+            };
+            let settings = VmSettings::default();
+            PodRequest::of(&spec(annotations, ""), &[root], &settings).map(|pod| pod.disk_slots)
+        };
+        assert_eq!(slots(&json!({}), "ext4"), Ok(1));
+        assert_eq!(slots(&json!({}), "overlay"), Ok(0));
+        let of_a_pod = json!({ CONTAINER_TYPE[0]: "sandbox" });
+        let spare = VmSettings::default().spare_disks;
+        assert_eq!(slots(&of_a_pod, "ext4"), Ok(spare.into()));
+
+        file.as_file().set_len(0).unwrap();
+        let text = slots(&json!({}), "ext4").unwrap_err().to_string();
+        assert!(text.contains("it is empty"), "{text}");
+        // Its root is never mounted.
+        assert_eq!(slots(&of_a_pod, "ext4"), Ok(spare.into()));
+    }
+
+    #[test]
     fn memory_is_the_limit_and_the_overhead() {
         let bytes = (100 * MIB + 1).to_string();
         let request = request(&json!({ SANDBOX_MEMORY: bytes })).unwrap();
