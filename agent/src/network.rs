@@ -5,15 +5,17 @@
 //! there too many. What containers change themselves is left alone: a later call changes only what
 //! an earlier one has made.
 
+mod wanted;
+
 use std::fs;
 use std::io;
-use std::net::IpAddr;
 use std::path::Path;
 
-use husk_netlink::{Address, Connection, Hop, Link, LinkChange, Mac, Neighbour, Route};
+use husk_netlink::{Connection, Link, LinkChange, Rule};
 use husk_protocol::messages as m;
 use rustix::io::Errno;
 
+use self::wanted::{Wanted, WantedLink};
 use crate::slots::Slots;
 
 /// The interface that every guest has.
@@ -42,24 +44,6 @@ pub struct Network {
     set: Wanted,
 }
 
-/// A request, understood.
-#[derive(Debug, Default)]
-struct Wanted {
-    links: Vec<WantedLink>,
-    addresses: Vec<Address>,
-    routes: Vec<Route>,
-    neighbours: Vec<Neighbour>,
-}
-
-#[derive(Debug)]
-struct WantedLink {
-    index: u32,
-    name: String,
-    mac: Mac,
-    mtu: u32,
-    is_up: bool,
-}
-
 impl Network {
     /// Makes the network look as said. The machine has so many slots for disks.
     pub fn configure(
@@ -71,13 +55,17 @@ impl Network {
             Connection::open().map_err(step(|| "open a netlink socket".to_owned()))?;
         let slots = match self.slots.take() {
             Some(slots) => slots,
-            None => Slots::of_interfaces(disks)
-                .map_err(step(|| "look for network devices".to_owned()))?,
+            None => {
+                self.set.rules = rules_of_the_kernel(&mut connection)?;
+                Slots::of_interfaces(disks)
+                    .map_err(step(|| "look for network devices".to_owned()))?
+            }
         };
         let devices = drive(self.slots.insert(slots), request)?;
         let links = list(&mut connection)?;
         let lo = links.iter().find(|link| link.name == LOOPBACK_NAME);
-        let wanted = Wanted::parse(request, &devices, lo.map(|lo| lo.index))?;
+        let mut wanted = Wanted::parse(request, &devices, lo.map(|lo| lo.index))?;
+        wanted.keep_rules(&self.set.rules);
         self.remove_old(&mut connection, &wanted);
         self.add_new(&mut connection, &links, wanted)
     }
@@ -86,6 +74,9 @@ impl Network {
     fn remove_old(&mut self, connection: &mut Connection, wanted: &Wanted) {
         for neighbour in old(&self.set.neighbours, &wanted.neighbours) {
             let _ = connection.remove_neighbour(neighbour);
+        }
+        for rule in old(&self.set.rules, &wanted.rules) {
+            let _ = connection.remove_rule(rule);
         }
         for route in old(&self.set.routes, &wanted.routes) {
             let _ = connection.remove_route(route);
@@ -96,6 +87,7 @@ impl Network {
         self.set
             .neighbours
             .retain(|one| wanted.neighbours.contains(one));
+        self.set.rules.retain(|one| wanted.rules.contains(one));
         self.set.routes.retain(|one| wanted.routes.contains(one));
         self.set
             .addresses
@@ -150,6 +142,13 @@ impl Network {
                 .map_err(step(|| format!("add the neighbour {}", neighbour.address)))?;
             self.set.neighbours.push(neighbour);
         }
+        for rule in new(wanted.rules, &self.set.rules) {
+            match connection.add_rule(&rule) {
+                Err(error) if error.raw_os_error() == Some(Errno::EXIST.raw_os_error()) => {}
+                added => added.map_err(step(|| format!("add the routing rule {rule:?}")))?,
+            }
+            self.set.rules.push(rule);
+        }
         Ok(())
     }
 }
@@ -168,6 +167,14 @@ fn old<'a, T: PartialEq>(all: &'a [T], others: &'a [T]) -> impl Iterator<Item = 
 fn list(connection: &mut Connection) -> Result<Vec<Link>, NetworkError> {
     let links = connection.links();
     links.map_err(step(|| "list the interfaces".to_owned()))
+}
+
+/// Those that are there before anybody has set one, and so may be taken away.
+fn rules_of_the_kernel(connection: &mut Connection) -> Result<Vec<Rule>, NetworkError> {
+    let rules = connection.rules();
+    let mut rules = rules.map_err(step(|| "list the routing rules".to_owned()))?;
+    rules.retain(Rule::is_of_the_kernel);
+    Ok(rules)
 }
 
 /// Makes the kernel drive the devices that are asked for, and no others. Returns the indices of their
@@ -248,204 +255,5 @@ fn step(what: impl FnOnce() -> String) -> impl FnOnce(io::Error) -> NetworkError
     move |source| NetworkError::Step {
         what: what(),
         source,
-    }
-}
-
-impl Wanted {
-    fn parse(
-        request: &m::ConfigureNetworkRequest,
-        devices: &[Option<u32>],
-        lo: Option<u32>,
-    ) -> Result<Self, NetworkError> {
-        let mut wanted = Self::default();
-        for interface in &request.interfaces {
-            let link = WantedLink::parse(interface, devices)?;
-            for address in &interface.addresses {
-                wanted.addresses.push(address_of(address, link.index)?);
-            }
-            wanted.links.push(link);
-        }
-        let index_of = |name: &str| {
-            let named = wanted.links.iter().find(|link| link.name == name);
-            let index = named.map(|link| link.index);
-            index
-                .or(lo.filter(|_| name == LOOPBACK_NAME))
-                .ok_or_else(|| invalid(format!("there is no interface {name:?}")))
-        };
-        for route in &request.routes {
-            wanted.routes.push(route_of(route, index_of)?);
-        }
-        for neighbour in &request.neighbours {
-            wanted.neighbours.push(Neighbour {
-                link: index_of(&neighbour.interface)?,
-                address: required_ip(&neighbour.address)?,
-                mac: mac_of(&neighbour.mac)?,
-            });
-        }
-        Ok(wanted)
-    }
-}
-
-impl WantedLink {
-    fn parse(interface: &m::Interface, devices: &[Option<u32>]) -> Result<Self, NetworkError> {
-        let number = interface.device;
-        let device = usize::try_from(number).ok();
-        let index = device.and_then(|device| devices.get(device));
-        let name = &interface.name;
-        Ok(Self {
-            index: index.copied().flatten().ok_or_else(|| {
-                let count = devices.len();
-                invalid(format!("{name:?} is to be device {number} of {count}"))
-            })?,
-            name: name.clone(),
-            mac: mac_of(&interface.mac)?,
-            mtu: interface.mtu,
-            is_up: interface.up,
-        })
-    }
-}
-
-fn address_of(address: &m::InterfaceAddress, link: u32) -> Result<Address, NetworkError> {
-    Ok(Address {
-        link,
-        address: required_ip(&address.address)?,
-        prefix_length: byte(address.prefix_length)?,
-        peer: ip(&address.peer)?,
-        broadcast: match ip(&address.broadcast)? {
-            Some(IpAddr::V4(broadcast)) => Some(broadcast),
-            _ => None,
-        },
-        scope: byte(address.scope)?,
-        is_permanent: true,
-    })
-}
-
-fn route_of(
-    route: &m::Route,
-    index_of: impl Fn(&str) -> Result<u32, NetworkError>,
-) -> Result<Route, NetworkError> {
-    let hop = |hop: &m::Hop| {
-        Ok(Hop {
-            link: index_of(&hop.interface)?,
-            gateway: ip(&hop.gateway)?,
-            is_on_link: hop.on_link,
-            weight: byte(hop.weight)?,
-        })
-    };
-    let metric = |metric: &m::RouteMetric| match u16::try_from(metric.kind) {
-        Ok(kind) => Ok((kind, metric.value)),
-        Err(_) => Err(invalid(format!("{} is no metric", metric.kind))),
-    };
-    Ok(Route {
-        destination: required_ip(&route.destination)?,
-        prefix_length: byte(route.prefix_length)?,
-        table: route.table,
-        protocol: byte(route.protocol)?,
-        scope: byte(route.scope)?,
-        kind: byte(route.kind)?,
-        tos: byte(route.tos)?,
-        metric: route.metric,
-        source: ip(&route.source)?,
-        metrics: route.metrics.iter().map(metric).collect::<Result<_, _>>()?,
-        hops: route.hops.iter().map(hop).collect::<Result<_, _>>()?,
-    })
-}
-
-fn required_ip(bytes: &[u8]) -> Result<IpAddr, NetworkError> {
-    ip(bytes)?.ok_or_else(|| invalid("an address is missing".to_owned()))
-}
-
-fn ip(bytes: &[u8]) -> Result<Option<IpAddr>, NetworkError> {
-    if bytes.is_empty() {
-        return Ok(None);
-    }
-    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
-    let v6 = <[u8; 16]>::try_from(bytes).map(IpAddr::from);
-    v4.or(v6)
-        .map(Some)
-        .map_err(|_| invalid(format!("an address has {} bytes", bytes.len())))
-}
-
-fn mac_of(bytes: &[u8]) -> Result<Mac, NetworkError> {
-    bytes
-        .try_into()
-        .map_err(|_| invalid(format!("an Ethernet address has {} bytes", bytes.len())))
-}
-
-fn byte(number: u32) -> Result<u8, NetworkError> {
-    u8::try_from(number).map_err(|_| invalid(format!("{number} is more than 255")))
-}
-
-fn invalid(what: String) -> NetworkError {
-    NetworkError::Invalid(what)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn interface() -> m::Interface {
-        m::Interface {
-            device: 1,
-            name: "eth0".to_owned(),
-            mac: vec![2, 0, 0, 0, 0, 1],
-            mtu: 1500,
-            up: true,
-            ..m::Interface::default()
-        }
-    }
-
-    fn refusal(change: impl FnOnce(&mut m::ConfigureNetworkRequest)) -> String {
-        let mut request = m::ConfigureNetworkRequest {
-            interfaces: vec![interface()],
-            ..m::ConfigureNetworkRequest::default()
-        };
-        change(&mut request);
-        Wanted::parse(&request, &[Some(7), Some(9)], Some(1))
-            .unwrap_err()
-            .to_string()
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_refused_by_name() {
-        let address = |address: Vec<u8>, prefix_length| m::InterfaceAddress {
-            address,
-            prefix_length,
-            ..m::InterfaceAddress::default()
-        };
-        let route = |interface: &str| m::Route {
-            destination: vec![0; 4],
-            hops: vec![m::Hop {
-                interface: interface.to_owned(),
-                ..m::Hop::default()
-            }],
-            ..m::Route::default()
-        };
-        assert!(refusal(|r| r.interfaces[0].device = 2).contains("device 2 of 2"));
-        assert!(refusal(|r| r.interfaces[0].mac = vec![0; 7]).contains("7 bytes"));
-        let bad = |address| refusal(|r| r.interfaces[0].addresses.push(address));
-        assert!(bad(address(vec![], 8)).contains("missing"));
-        assert!(bad(address(vec![1; 5], 8)).contains("5 bytes"));
-        assert!(bad(address(vec![1; 4], 300)).contains("300"));
-        assert!(refusal(|r| r.routes.push(route("eth9"))).contains("eth9"));
-    }
-
-    #[test]
-    fn interfaces_are_found_by_their_device() {
-        let mut request = m::ConfigureNetworkRequest::default();
-        request.interfaces.push(interface());
-        for name in ["eth0", "lo"] {
-            request.neighbours.push(m::Neighbour {
-                interface: name.to_owned(),
-                address: vec![10, 0, 0, 1],
-                mac: vec![0; 6],
-                ..m::Neighbour::default()
-            });
-        }
-
-        let wanted = Wanted::parse(&request, &[None, Some(9)], Some(1)).unwrap();
-
-        let links: Vec<_> = wanted.neighbours.iter().map(|one| one.link).collect();
-        assert_eq!((wanted.links[0].index, links), (9, vec![9, 1]));
     }
 }

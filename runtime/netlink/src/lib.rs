@@ -15,6 +15,7 @@ mod message;
 mod monitor;
 mod neighbour;
 mod route;
+mod rule;
 pub mod tap;
 #[cfg(test)]
 mod tests;
@@ -26,3 +27,4 @@ pub use link::{ETHERNET, LOOPBACK, Link, LinkChange, Mac};
 pub use monitor::Monitor;
 pub use neighbour::Neighbour;
 pub use route::{Hop, Route};
+pub use rule::Rule;

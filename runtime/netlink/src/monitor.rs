@@ -7,13 +7,14 @@ use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 
-/// linux/rtnetlink.h, `RTMGRP_...`: links, neighbours, and addresses and routes of both families.
-const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400;
+/// linux/rtnetlink.h, a bit for each of `RTNLGRP_...`: links, neighbours, and addresses, routes and
+/// routing rules of both families.
+const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x4_0000;
 
 /// Most messages that are taken before somebody looks at what has changed.
 const MESSAGES_MAX: usize = 1024;
 
-/// A socket that is readable when links, addresses, routes or neighbours have changed. What has, is
+/// A socket that is readable when links, addresses, routes, rules or neighbours have changed. What has, is
 /// for the reader to find out: messages may be lost.
 #[derive(Debug)]
 pub struct Monitor {

@@ -8,7 +8,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::{
-    Address, Connection, Hop, LOOPBACK, Link, LinkChange, Monitor, Neighbour, Route, loopback, tap,
+    Address, Connection, Hop, LOOPBACK, Link, LinkChange, Monitor, Neighbour, Route, Rule,
+    loopback, tap,
 };
 
 /// Runs `test` in a new network namespace, where that is allowed.
@@ -166,6 +167,53 @@ fn route(to: &str, prefix_length: u8, hops: Vec<Hop>, source: Option<IpAddr>) ->
         metrics: Vec::new(),
         hops,
     }
+}
+
+#[test]
+fn rules_of_the_kernel_are_listed_and_more_are_added_and_removed() {
+    in_namespace(|connection| {
+        let monitor = Monitor::open().unwrap();
+        let own = connection.rules().unwrap();
+        if own.is_empty() {
+            eprintln!("SKIPPED: this kernel has no rules");
+            return;
+        }
+        assert!(own.iter().all(Rule::is_of_the_kernel), "{own:?}");
+        let number = |value: u32| value.to_ne_bytes().to_vec();
+        // From 10.9.0.0/16, at priority 100, to table 1000, by `ip rule`.
+        let rule = Rule {
+            is_ipv6: false,
+            destination_length: 0,
+            source_length: 16,
+            tos: 0,
+            action: 1,
+            is_inverted: true,
+            attributes: vec![
+                (2, vec![10, 9, 0, 0]),
+                (6, number(100)),
+                (15, number(1000)),
+                (21, vec![3]),
+            ],
+        };
+        connection.add_rule(&rule).unwrap();
+        assert!(monitor.take().unwrap());
+        let refused = connection.add_rule(&rule).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+        let mut all = connection.rules().unwrap();
+        assert!(all.contains(&rule), "{all:?}");
+        all.retain(|one| *one != rule);
+        assert_eq!(all, own);
+        connection.remove_rule(&rule).unwrap();
+        // As they are listed, they can be taken away and put back.
+        for rule in &own {
+            connection.remove_rule(rule).unwrap();
+        }
+        assert_eq!(connection.rules().unwrap(), []);
+        for rule in &own {
+            connection.add_rule(rule).unwrap();
+        }
+        assert_eq!(connection.rules().unwrap(), own);
+    });
 }
 
 #[test]

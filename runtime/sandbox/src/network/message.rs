@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use husk_netlink::{Address, Hop, Link, Route};
+use husk_netlink::{Address, Hop, Link, Route, Rule};
 use husk_protocol::messages as m;
 
 use super::Survey;
@@ -34,6 +34,7 @@ pub(crate) fn request(
             request.neighbours.push(neighbour);
         }
     }
+    request.rules = survey.rules.iter().map(rule).collect();
     request
 }
 
@@ -91,6 +92,22 @@ fn hop(known: &Hop, name: &str) -> m::Hop {
     hop.on_link = known.is_on_link;
     hop.weight = known.weight.into();
     hop
+}
+
+fn rule(known: &Rule) -> m::Rule {
+    let mut rule = m::Rule::new();
+    rule.ipv6 = known.is_ipv6;
+    rule.destination_length = known.destination_length.into();
+    rule.source_length = known.source_length.into();
+    rule.tos = known.tos.into();
+    rule.action = known.action.into();
+    rule.inverted = known.is_inverted;
+    for (kind, value) in &known.attributes {
+        let mut attribute = m::RuleAttribute::new();
+        (attribute.kind, attribute.value) = ((*kind).into(), value.clone());
+        rule.attributes.push(attribute);
+    }
+    rule
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {

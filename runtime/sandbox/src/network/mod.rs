@@ -16,7 +16,8 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use husk_netlink::{
-    Address, Connection, ETHERNET, LOOPBACK, Link, LinkChange, Mac, Monitor, Neighbour, Route, tap,
+    Address, Connection, ETHERNET, LOOPBACK, Link, LinkChange, Mac, Monitor, Neighbour, Route,
+    Rule, tap,
 };
 use husk_vmm_control::NET_DEVICES_MAX;
 use rustix::io::Errno;
@@ -94,6 +95,7 @@ pub(crate) struct Survey {
     pub(crate) addresses: Vec<Address>,
     pub(crate) routes: Vec<Route>,
     pub(crate) neighbours: Vec<Neighbour>,
+    pub(crate) rules: Vec<Rule>,
     /// Those of virtual machines.
     taps: Vec<Link>,
 }
@@ -317,6 +319,7 @@ impl Survey {
         let mut addresses = connection.addresses().map_err(list("addresses"))?;
         let mut routes = connection.routes().map_err(list("routes"))?;
         let mut neighbours = connection.neighbours().map_err(list("neighbours"))?;
+        let rules = connection.rules().map_err(list("routing rules"))?;
         let is_usable = |index: u32| links.iter().any(|link| link.index == index);
         // What a router announces, the guest hears itself.
         addresses.retain(|address| {
@@ -329,6 +332,7 @@ impl Survey {
             addresses,
             routes,
             neighbours,
+            rules,
             taps,
         })
     }

@@ -314,16 +314,32 @@ pub(super) fn bridge_of_two_pods(ctr: &Ctr) -> Result<()> {
     ] {
         first.ip(&format!("route add {route}"))?;
     }
+    // As the plugin `sbr` has it: what is sent from the second interface's address goes out there.
+    let second_address = address(&first, "net1", "-4")?;
+    for change in [
+        "route add default via 10.78.0.1 dev net1 table 77",
+        &format!("rule add from {second_address} lookup 77 priority 500"),
+        // A rule of the kernel's own can move.
+        "rule add lookup local priority 10",
+        "rule delete lookup local priority 0",
+        "-6 rule add to fd00:79::/64 prohibit priority 600",
+    ] {
+        first.ip(change)?;
+    }
     first.ip("neighbour add 10.77.0.99 lladdr 02:00:00:00:00:99 dev eth0 nud permanent")?;
 
-    let before = [first.ip("route show")?, first.ip("-6 route show")?];
+    let shown = |netns: &Netns| -> Result<Vec<String>> {
+        let all = ["route show", "-6 route show", "rule show", "-6 rule show"];
+        all.iter().map(|what| netns.ip(what)).collect()
+    };
+    let before = shown(&first)?;
     let a = Pod::start(ctr, &first)?;
     let b = Pod::start(ctr, &second)?;
     let checked = looks_as_made(&a, &first)
         .and_then(|()| talks_to_all(&a, &b, [&first, &second], &blob))
         .and_then(|()| {
             plugin("DEL", "portmap", &first, "eth0", &forward)?;
-            let after = [first.ip("route show")?, first.ip("-6 route show")?];
+            let after = shown(&first)?;
             ensure!(
                 before == after,
                 "the namespace was {before:?} and is {after:?}"
@@ -378,6 +394,25 @@ fn looks_as_made(pod: &Pod<'_>, netns: &Netns) -> Result<()> {
     ] {
         ensure!(seen.contains(word), "no {word:?} in {seen}");
     }
+    let second = address(netns, "net1", "-4")?;
+    let rules = pod.sh(&format!(
+        "ip rule; ip -6 rule; ip route show table 77; ip route get 192.0.2.66 from {second}"
+    ))?;
+    let rules = rules.split_whitespace().collect::<Vec<_>>().join(" ");
+    for words in [
+        &format!("500: from {second} lookup 77"),
+        "10: from all lookup local",
+        "32766: from all lookup main",
+        "600: from all to fd00:79::/64",
+        "default via 10.78.0.1 dev net1",
+        &format!("192.0.2.66 from {second} via 10.78.0.1 dev net1"),
+    ] {
+        ensure!(rules.contains(words), "no {words:?} in {rules}");
+    }
+    ensure!(
+        !rules.starts_with("0:"),
+        "the local table is asked first: {rules}"
+    );
     let names: Vec<_> = seen.lines().rev().take(3).collect();
     ensure!(names == ["net1", "lo", "eth0"], "interfaces: {names:?}");
     Ok(())

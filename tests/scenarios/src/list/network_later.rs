@@ -36,6 +36,23 @@ pub(super) fn changes_of_a_namespace(ctr: &Ctr) -> Result<()> {
             "ip route | grep -q 203.0.113.0/24",
         ),
         (
+            "route add prohibit 192.0.2.0/25",
+            "ip route | grep -q 'prohibit 192.0.2.0/25'",
+        ),
+        (
+            "route add 192.0.2.128/25 via 10.66.0.1 dev eth0 onlink table 100 metric 9",
+            "ip route show table 100 | grep -q '192.0.2.128/25 via 10.66.0.1 dev eth0 .*onlink'",
+        ),
+        (
+            "rule add from 10.74.1.7 lookup 100 priority 1000",
+            "ip rule | grep -q '^1000:.*10.74.1.7.*lookup 100'",
+        ),
+        (
+            "-6 rule add fwmark 0x7 lookup 200 priority 2000",
+            "ip -6 rule | grep -q '^2000:.*fwmark 0x7.*lookup 200'",
+        ),
+        ("rule delete priority 1000", "! ip rule | grep -q '^1000:'"),
+        (
             "link set eth0 mtu 1300",
             "grep -qx 1300 /sys/class/net/eth0/mtu",
         ),
