@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
+use husk_sandbox::NetworkCounters;
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::stdio::Ends;
@@ -101,6 +102,8 @@ pub(crate) trait Pod: Send + Sync {
     async fn update(&self, container: &str, resources: &LinuxResources) -> Result<(), PodError>;
     /// The files of the container's cgroup that hold figures, by name.
     async fn stats(&self, container: &str) -> Result<HashMap<String, String>, PodError>;
+    /// What has passed through each of the pod's interfaces.
+    async fn network_counters(&self) -> Result<Vec<NetworkCounters>, PodError>;
     /// Answers when the container has had more OOM kills than `seen`, with their number; an error
     /// when it ends, or the pod.
     async fn out_of_memory(&self, container: &str, seen: u64) -> Result<u64, PodError>;

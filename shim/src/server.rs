@@ -11,8 +11,9 @@ use std::{fs, io};
 use anyhow::Context;
 use async_trait::async_trait;
 use husk_sandbox::{
-    ContainerError, ContainerRequest, Drained, ErrorKind, Install, PodRequest, ProcessIo, Role,
-    RootfsMount, STATE_DIR_ROOT, Sandbox, SandboxConfig, Settings, monotonic_us, oci,
+    ContainerError, ContainerRequest, Drained, ErrorKind, Install, NetworkCounters, PodRequest,
+    ProcessIo, Role, RootfsMount, STATE_DIR_ROOT, Sandbox, SandboxConfig, Settings, monotonic_us,
+    oci,
 };
 use rustix::io::fcntl_dupfd_cloexec;
 use tokio::signal::unix::{SignalKind, signal};
@@ -437,6 +438,10 @@ impl Pod for SandboxPod {
 
     async fn stats(&self, container: &str) -> Result<HashMap<String, String>, PodError> {
         Ok(self.sandbox.stats(container).await?)
+    }
+
+    async fn network_counters(&self) -> Result<Vec<NetworkCounters>, PodError> {
+        Ok(self.sandbox.network_counters().await?)
     }
 
     async fn out_of_memory(&self, container: &str, seen: u64) -> Result<u64, PodError> {

@@ -363,7 +363,9 @@ impl<M: PodMaker + 'static> Service<M> {
 
     pub(crate) async fn stats(&self, id: &str) -> Result<Metrics, PodError> {
         self.running(id)?;
-        Ok(metrics(&self.pod()?.stats(id).await?))
+        let pod = self.pod()?;
+        let (files, counters) = tokio::try_join!(pod.stats(id), pod.network_counters())?;
+        Ok(metrics(&files, &counters))
     }
 
     /// A task's cgroup is of use only while it has not ended.

@@ -1,4 +1,5 @@
-//! Figures of the guest's cgroup v2 as containerd's `io.containerd.cgroups.v2.Metrics`.
+//! Figures of the guest's cgroup v2, and of the pod's network on the host, as containerd's
+//! `io.containerd.cgroups.v2.Metrics`.
 //!
 //! The files come from the guest and so may say anything: what is no figure counts as 0, as does
 //! what the guest's kernel does not tell.
@@ -6,16 +7,17 @@
 use std::collections::HashMap;
 
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats,
-    PidsStat, RdmaEntry, RdmaStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PSIData,
+    PSIStats, PidsStat, RdmaEntry, RdmaStat,
 };
 use containerd_shim_protos::protobuf::MessageField;
+use husk_sandbox::NetworkCounters;
 
 /// Most devices or page sizes that are told of.
 const ENTRIES_MAX: usize = 256;
 
-/// What containerd is told of a container.
-pub(crate) fn metrics(files: &HashMap<String, String>) -> Metrics {
+/// What containerd is told of a container. All of a pod's containers have its network.
+pub(crate) fn metrics(files: &HashMap<String, String>, network: &[NetworkCounters]) -> Metrics {
     let files = Files(files);
     Metrics {
         pids: MessageField::some(PidsStat {
@@ -37,6 +39,7 @@ pub(crate) fn metrics(files: &HashMap<String, String>) -> Metrics {
             ..RdmaStat::default()
         }),
         hugetlb: huge_pages(&files),
+        network: network.iter().map(interface).collect(),
         ..Metrics::default()
     }
 }
@@ -180,6 +183,22 @@ fn huge_pages(files: &Files<'_>) -> Vec<HugeTlbStat> {
     sizes.into_iter().map(entry).collect()
 }
 
+fn interface(counters: &NetworkCounters) -> NetworkStat {
+    let NetworkCounters { received, sent, .. } = counters;
+    NetworkStat {
+        name: counters.name.clone(),
+        rx_bytes: received.bytes,
+        rx_packets: received.packets,
+        rx_errors: received.errors,
+        rx_dropped: received.dropped,
+        tx_bytes: sent.bytes,
+        tx_packets: sent.packets,
+        tx_errors: sent.errors,
+        tx_dropped: sent.dropped,
+        ..NetworkStat::default()
+    }
+}
+
 struct Files<'a>(&'a HashMap<String, String>);
 
 impl<'a> Files<'a> {
@@ -253,6 +272,8 @@ fn number(text: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use husk_sandbox::Passed;
+
     use super::*;
 
     fn files(files: &[(&str, &str)]) -> HashMap<String, String> {
@@ -260,9 +281,24 @@ mod tests {
         files.iter().map(owned).collect()
     }
 
+    fn passed([bytes, packets, errors, dropped]: [u64; 4]) -> Passed {
+        Passed {
+            bytes,
+            packets,
+            errors,
+            dropped,
+        }
+    }
+
     #[test]
     fn figures_arrive_where_containerd_looks_for_them() {
-        let metrics = metrics(&files(&[
+        let network = [NetworkCounters {
+            link: 2,
+            name: "eth0".to_owned(),
+            received: passed([1, 2, 3, 4]),
+            sent: passed([5, 6, 7, 8]),
+        }];
+        let files = files(&[
             ("pids.current", "3\n"),
             ("pids.max", "max\n"),
             ("cpu.stat", "usage_usec 12\nuser_usec 5\nnr_throttled 2\n"),
@@ -283,7 +319,9 @@ mod tests {
             ("hugetlb.2MB.current", "0\n"),
             ("hugetlb.2MB.max", "max\n"),
             ("hugetlb.2MB.events", "max 4\n"),
-        ]));
+        ]);
+
+        let metrics = metrics(&files, &network);
 
         assert_eq!((metrics.pids.current, metrics.pids.limit), (3, u64::MAX));
         assert_eq!((metrics.cpu.usage_usec, metrics.cpu.user_usec), (12, 5));
@@ -308,18 +346,35 @@ mod tests {
         assert_eq!(metrics.hugetlb[0].pagesize, "2MB");
         assert_eq!(metrics.hugetlb[0].max, u64::MAX);
         assert_eq!(metrics.hugetlb[0].failcnt, 4);
+        let eth0 = &metrics.network[0];
+        assert_eq!(eth0.name, "eth0");
+        let received = [
+            eth0.rx_bytes,
+            eth0.rx_packets,
+            eth0.rx_errors,
+            eth0.rx_dropped,
+        ];
+        let sent = [
+            eth0.tx_bytes,
+            eth0.tx_packets,
+            eth0.tx_errors,
+            eth0.tx_dropped,
+        ];
+        assert_eq!((received, sent), ([1, 2, 3, 4], [5, 6, 7, 8]));
     }
 
     #[test]
     fn nonsense_counts_as_nothing() {
         let lines = "x:y rbytes=1\n".repeat(3) + &"1:1 rbytes=-1\n".repeat(ENTRIES_MAX + 1);
-        let metrics = metrics(&files(&[
+        let files = files(&[
             ("pids.current", "many"),
             ("cpu.stat", "usage_usec\nuser_usec -4\n\n \n"),
             ("cpu.pressure", "some\nfull avg10=x total"),
             ("memory.events", "99999999999999999999999 1"),
             ("io.stat", &lines),
-        ]));
+        ]);
+
+        let metrics = metrics(&files, &[]);
 
         assert_eq!(metrics.pids.current, 0);
         assert_eq!(metrics.cpu.user_usec, 0);

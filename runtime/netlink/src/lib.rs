@@ -9,6 +9,7 @@
 
 mod address;
 mod connection;
+mod counters;
 mod link;
 pub mod loopback;
 mod message;
@@ -23,6 +24,7 @@ mod traffic;
 
 pub use address::Address;
 pub use connection::Connection;
+pub use counters::{Counters, Passed};
 pub use link::{ETHERNET, LOOPBACK, Link, LinkChange, Mac};
 pub use monitor::Monitor;
 pub use neighbour::Neighbour;

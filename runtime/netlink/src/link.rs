@@ -47,10 +47,10 @@ pub struct LinkChange<'a> {
     pub has_no_link_local: bool,
 }
 
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
+pub(crate) const RTM_NEWLINK: u16 = 16;
+pub(crate) const RTM_GETLINK: u16 = 18;
 const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
+pub(crate) const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_MASTER: u16 = 10;
 const IFLA_AF_SPEC: u16 = 26;
@@ -60,9 +60,9 @@ const AF_INET6: u16 = 10;
 const IFF_UP: u32 = 1;
 
 /// `struct ifinfomsg`.
-const STRUCTURE_BYTES: usize = 16;
+pub(crate) const STRUCTURE_BYTES: usize = 16;
 
-fn structure(index: u32, flags: u32, change: u32) -> [u8; STRUCTURE_BYTES] {
+pub(crate) fn structure(index: u32, flags: u32, change: u32) -> [u8; STRUCTURE_BYTES] {
     let mut bytes = [0; STRUCTURE_BYTES];
     bytes[4..8].copy_from_slice(&index.to_ne_bytes());
     bytes[8..12].copy_from_slice(&flags.to_ne_bytes());

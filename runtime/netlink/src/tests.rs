@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 
 use nix::sched::{CloneFlags, unshare};
@@ -213,6 +213,26 @@ fn rules_of_the_kernel_are_listed_and_more_are_added_and_removed() {
             connection.add_rule(rule).unwrap();
         }
         assert_eq!(connection.rules().unwrap(), own);
+    });
+}
+
+#[test]
+fn what_passes_through_an_interface_is_counted() {
+    in_namespace(|connection| {
+        let up = LinkChange {
+            is_up: Some(true),
+            ..LinkChange::default()
+        };
+        let lo = link(connection, "lo").index;
+        connection.change_link(lo, &up).unwrap();
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = socket.local_addr().unwrap();
+        socket.send_to(&[0; 1000], to).unwrap();
+        let counters = connection.counters().unwrap();
+        let lo = counters.iter().find(|one| one.name == "lo").unwrap();
+        // With the headers of IP and UDP.
+        assert_eq!((lo.sent.packets, lo.sent.bytes), (1, 1028));
+        assert_eq!(lo.received, lo.sent);
     });
 }
 

@@ -50,6 +50,7 @@ pub use container::{ContainerRequest, Drained, Exit, ListedProcess, ProcessIo, R
 pub use disks::{DiskError, Number as DiskNumber};
 pub use error::{CleanupError, ContainerError, ErrorKind, StartError, VmEnd};
 pub use hooks::{HookError, HookName};
+pub use husk_netlink::{Counters as NetworkCounters, Passed};
 pub use husk_vmm_control::monotonic_us;
 pub use loopback::Loopback;
 pub use mounts::MountError;

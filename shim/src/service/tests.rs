@@ -3,6 +3,7 @@ use std::time::SystemTime;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::CreateTaskRequest;
+use husk_sandbox::NetworkCounters;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
@@ -116,6 +117,10 @@ impl Pod for FakePod {
 
     async fn stats(&self, _: &str) -> Result<HashMap<String, String>, PodError> {
         Ok([("pids.current".to_owned(), "2\n".to_owned())].into())
+    }
+
+    async fn network_counters(&self) -> Result<Vec<NetworkCounters>, PodError> {
+        Ok(Vec::new())
     }
 
     async fn out_of_memory(&self, container: &str, seen: u64) -> Result<u64, PodError> {

@@ -8,6 +8,7 @@
 //! Taps end with their descriptors. What stays of a redirection in the namespace is removed by
 //! [`detach`], since a namespace that somebody else has made may be used again.
 
+mod counters;
 mod devices;
 mod message;
 
