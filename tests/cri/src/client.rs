@@ -15,8 +15,9 @@ use crate::messages::{
     CreateContainerResponse, ExecRequest, ExecResponse, ExecSyncRequest, ExecSyncResponse,
     GetEventsRequest, ImageSpec, ImageStatusRequest, ImageStatusResponse, LinuxContainerConfig,
     LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
-    ListPodSandboxRequest, ListPodSandboxResponse, NamespaceMode, NamespaceOption,
-    PodSandboxConfig, PodSandboxMetadata, PodSandboxStats, PodSandboxStatsRequest,
+    ListContainerStatsRequest, ListContainerStatsResponse, ListPodSandboxRequest,
+    ListPodSandboxResponse, ListPodSandboxStatsRequest, ListPodSandboxStatsResponse, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxStats, PodSandboxStatsRequest,
     PodSandboxStatsResponse, PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse,
     PortForwardRequest, PortForwardResponse, RemoveContainerRequest, RemoveContainerResponse,
     RemovePodSandboxRequest, RemovePodSandboxResponse, RunPodSandboxRequest, RunPodSandboxResponse,
@@ -235,6 +236,29 @@ impl Cri {
         pod.clone_into(&mut request.pod_sandbox_id);
         let response: PodSandboxStatsResponse = self.runtime("PodSandboxStats", &request)?;
         response.stats.into_option().context("no figures")
+    }
+
+    /// What each pod uses.
+    ///
+    /// # Errors
+    /// See [`Self::version`].
+    pub fn all_pod_stats(&self) -> Result<Vec<PodSandboxStats>> {
+        let request = ListPodSandboxStatsRequest::new();
+        let response: ListPodSandboxStatsResponse =
+            self.runtime("ListPodSandboxStats", &request)?;
+        Ok(response.stats)
+    }
+
+    /// What each container of a pod uses.
+    ///
+    /// # Errors
+    /// See [`Self::version`].
+    pub fn all_container_stats(&self, pod: &str) -> Result<Vec<ContainerStats>> {
+        let mut request = ListContainerStatsRequest::new();
+        let filter = request.filter.mut_or_insert_default();
+        pod.clone_into(&mut filter.pod_sandbox_id);
+        let response: ListContainerStatsResponse = self.runtime("ListContainerStats", &request)?;
+        Ok(response.stats)
     }
 
     /// Runs a command in a container to its end.

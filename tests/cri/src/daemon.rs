@@ -1,9 +1,10 @@
 //! A containerd with its CRI service switched on, beside the machine's own.
 //!
-//! It has directories of its own, the runtime handlers `runc` and `husk`, a bridge network, and two
-//! images made from the machine's busybox: [`IMAGE`], and one whose command sleeps for ever, which
-//! stands for Kubernetes' pause image. Its snapshotter `blockfile` keeps each root in a file, and the
-//! handlers `runc-blockfile` and `husk-blockfile` use that one.
+//! It has directories of its own, the runtime handlers `runc` and `husk` with a bridge network,
+//! `runc-broken` and `husk-broken` with a network that fails, and two images made from the machine's
+//! busybox: [`IMAGE`], and one whose command sleeps for ever, which stands for Kubernetes' pause image.
+//! Its snapshotter `blockfile` keeps each root in a file, and the handlers `runc-blockfile` and
+//! `husk-blockfile` use that one.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -20,6 +21,9 @@ pub const IMAGE: &str = "docker.io/library/busybox:latest";
 
 /// The image of pods.
 const PAUSE_IMAGE: &str = "husk.test/pause:1";
+
+/// Where the network that fails keeps the addresses it has given.
+pub const BROKEN_NETWORK_DIR: &str = "/run/husk-cri-broken-ipam";
 
 /// Where CRI keeps its containers.
 const NAMESPACE: &str = "k8s.io";
@@ -56,11 +60,17 @@ impl Daemon {
             root: Path::new("/var/tmp").join(format!("containerd-{name}")),
         };
         for directory in [&places.run, &places.root] {
-            fs::create_dir_all(directory.join("net.d"))?;
+            for networks in ["net.d", "broken.d"] {
+                fs::create_dir_all(directory.join(networks))?;
+            }
         }
         fs::write(places.run.join("config.toml"), places.config())?;
-        let network = serde_json::to_vec(&places.network())?;
-        fs::write(places.run.join("net.d/10-husk.conflist"), network)?;
+        for (place, network) in [
+            ("net.d/10-husk.conflist", places.network()),
+            ("broken.d/10-husk.conflist", broken_network()),
+        ] {
+            fs::write(places.run.join(place), serde_json::to_vec(&network)?)?;
+        }
         places.make_scratch()?;
         let images = places.make_images().context("cannot make the images")?;
         let daemon = Self {
@@ -217,6 +227,12 @@ snapshotter = "blockfile"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk-blockfile]
 runtime_type = "io.containerd.husk.v2"
 snapshotter = "blockfile"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc-broken]
+runtime_type = "io.containerd.runc.v2"
+cni_conf_dir = "{run}/broken.d"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk-broken]
+runtime_type = "io.containerd.husk.v2"
+cni_conf_dir = "{run}/broken.d"
 [plugins."io.containerd.snapshotter.v1.blockfile"]
 root_path = "{blockfile}"
 scratch_file = "{scratch}"
@@ -291,6 +307,26 @@ mount_options = ["loop"]
             .args(&layers))?;
         Ok([busybox, pause])
     }
+}
+
+/// On the same bridge, and with a plugin that sets a kernel parameter which is not there.
+fn broken_network() -> Value {
+    json!({
+        "cniVersion": "1.0.0",
+        "name": "husk-broken",
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": "husk-cri0",
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": BROKEN_NETWORK_DIR,
+                    "ranges": [[{ "subnet": "10.89.0.0/16" }]],
+                },
+            },
+            { "type": "tuning", "sysctl": { "net.husk.no_such_parameter": "1" } },
+        ],
+    })
 }
 
 fn run(command: &mut Command) -> Result<()> {

@@ -9,7 +9,7 @@ mod grpc;
 mod stream;
 
 pub use client::{Cri, Events, Pod, container, pod};
-pub use daemon::{Daemon, IMAGE};
+pub use daemon::{BROKEN_NETWORK_DIR, Daemon, IMAGE};
 pub use stream::{Streamed, WebSocket};
 
 /// The interface's messages.

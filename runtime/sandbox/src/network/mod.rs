@@ -263,7 +263,7 @@ fn attach_one(connection: &mut Connection, link: &Link) -> Result<Attached, Netw
             let interface = link.name.clone();
             return Err(NetworkError::Occupied { interface });
         }
-        tap => tap.map_err(failed("make a tap"))?,
+        tap => tap.map_err(failed("make a tap by /dev/net/tun"))?,
     };
     let links = connection.links().map_err(failed("find its tap"))?;
     let index = links.iter().find(|link| link.name == name);

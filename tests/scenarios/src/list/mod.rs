@@ -15,8 +15,11 @@ mod network;
 mod network_later;
 mod orphans;
 mod pods;
+mod pods_faults;
+mod pods_filter;
 mod pods_many;
 mod pods_network;
+mod pods_stats;
 mod pods_whole;
 mod spec_limits;
 mod spec_mounts;
@@ -267,6 +270,11 @@ pub(crate) const ALL: &[Scenario] = &[
     both_pods("pods_roots_on_disks", |ctr| disk_roots::of_a_pod(ctr)),
     both_pods("pods_ports_forwarded", |ctr| {
         pods_network::ports_forwarded(ctr)
+    }),
+    both_pods("pods_stats", |ctr| pods_stats::stats(ctr)),
+    both_pods("pods_packet_filter", |ctr| pods_filter::packet_filter(ctr)),
+    both_pods("pods_network_faults", |ctr| {
+        pods_faults::network_faults(ctr)
     }),
     both_pods("pods_whole_life", |ctr| pods_whole::whole_life(ctr)),
     both_pods("pods_unprivileged_ping", |ctr| {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::ctr::{Ctr, finish};
+use crate::shim::{Shim, granted};
 
 /// Where Debian puts the plugins.
 const PLUGINS: &str = "/usr/lib/cni";
@@ -337,6 +338,7 @@ pub(super) fn bridge_of_two_pods(ctr: &Ctr) -> Result<()> {
     let b = Pod::start(ctr, &second)?;
     let checked = looks_as_made(&a, &first)
         .and_then(|()| talks_to_all(&a, &b, [&first, &second], &blob))
+        .and_then(|()| if ctr.is_husk() { counted(&a) } else { Ok(()) })
         .and_then(|()| {
             plugin("DEL", "portmap", &first, "eth0", &forward)?;
             let after = shown(&first)?;
@@ -415,6 +417,31 @@ fn looks_as_made(pod: &Pod<'_>, netns: &Netns) -> Result<()> {
     );
     let names: Vec<_> = seen.lines().rev().take(3).collect();
     ensure!(names == ["net1", "lo", "eth0"], "interfaces: {names:?}");
+    Ok(())
+}
+
+/// The shim tells of what has come and gone by both interfaces. runc's tells of no network.
+fn counted(pod: &Pod<'_>) -> Result<()> {
+    let metrics = granted(Shim::of(&pod.id)?.stats())?;
+    let names: Vec<_> = metrics
+        .network
+        .iter()
+        .map(|one| one.name.as_str())
+        .collect();
+    ensure!(names == ["eth0", "net1"], "it tells of {names:?}");
+    for interface in &metrics.network {
+        // To each of its gateways, in both families, and back.
+        let (received, sent) = (interface.rx_bytes, interface.tx_bytes);
+        ensure!(
+            received.min(sent) > 2 * BLOB_BYTES && received.max(sent) < 10 * BLOB_BYTES,
+            "{} has received {received} bytes and sent {sent}",
+            interface.name
+        );
+        ensure!(
+            interface.rx_packets > 0 && interface.tx_packets > 0,
+            "no packet: {interface}"
+        );
+    }
     Ok(())
 }
 

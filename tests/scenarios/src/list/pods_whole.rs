@@ -194,7 +194,7 @@ fn talk(kubelet: &Kubelet, (pod, web, page): (&Pod, &str, &str), other: &Pod) ->
 }
 
 /// What an HTTP server of a pod answers the host.
-fn fetch(server: SocketAddr) -> Result<String> {
+pub(super) fn fetch(server: SocketAddr) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&server, DEADLINE)
         .with_context(|| format!("cannot connect to {server}"))?;
     stream.set_read_timeout(Some(DEADLINE))?;
