@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, statfs};
+
 use crate::hooks::StagedRoot;
 use crate::mounts::{self, Volume};
 use crate::remove::remove_tree;
@@ -104,7 +106,10 @@ impl ContainerFiles {
     fn mount_volume(&self, volume: &Volume, name: &str) -> Result<(), ContainerError> {
         let source = &volume.source;
         let metadata = fs::metadata(source).map_err(|error| state_error("find", source, error))?;
-        if let Some(reason) = refusal(metadata.file_type(), metadata.rdev()) {
+        let filesystem =
+            statfs(source).map_err(|error| state_error("find", source, error.into()))?;
+        let reason = refusal(metadata.file_type(), metadata.rdev());
+        if let Some(reason) = reason.or(refusal_of_all(filesystem.filesystem_type())) {
             return Err(MountError::Unsupported {
                 what: source.clone(),
                 reason,
@@ -174,6 +179,12 @@ fn refusal(kind: FileType, device: u64) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+/// Why nothing of a file system of the host's can be a volume.
+fn refusal_of_all(filesystem: FsType) -> Option<&'static str> {
+    // They can't be written, and a mapping of the guest's would have pages of its own.
+    (filesystem == HUGETLBFS_MAGIC).then_some("huge pages of the host are not the guest's")
 }
 
 /// null, zero, full, random and urandom: the same in every kernel.
