@@ -19,6 +19,7 @@ mod pause;
 mod program;
 mod rootfs;
 mod user;
+mod volumes;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

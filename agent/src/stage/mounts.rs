@@ -12,12 +12,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
+use husk_protocol::POD_VOLUMES_DIR;
 use nix::mount::{MsFlags, mount as mount_call};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
 use super::copy::copy_tree;
+use super::volumes::open_place;
 use super::{OrFail, Step};
 use crate::oci;
 pub(super) use options::{Attributes, Depth, Options};
@@ -126,14 +128,21 @@ fn guest_tree(kind: &str) -> Option<io::Result<OwnedFd>> {
     Some(clone_tree(Path::new(path), Depth::Recursive))
 }
 
-/// A copy of a tree that is mounted nowhere yet.
+/// A copy of a tree that is mounted nowhere yet. The source is a path of the guest, or in one of the
+/// pod's volumes.
 pub(super) fn clone_tree(source: &Path, depth: Depth) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if depth == Depth::Recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    rustix::mount::open_tree(rustix::fs::CWD, source, flags).map_err(|error| {
-        let error = io::Error::from(error);
+    let cloned = match open_place(Path::new(POD_VOLUMES_DIR), source) {
+        Some(place) => place.and_then(|place| {
+            let flags = flags | OpenTreeFlags::AT_EMPTY_PATH;
+            Ok(rustix::mount::open_tree(place, "", flags)?)
+        }),
+        None => rustix::mount::open_tree(rustix::fs::CWD, source, flags).map_err(Into::into),
+    };
+    cloned.map_err(|error| {
         io::Error::new(
             error.kind(),
             format!("its source {}: {error}", source.display()),

@@ -188,9 +188,26 @@ pub(crate) fn mount_points_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(points)
 }
 
+/// What of its file system each mount at a place shows, the covered ones first.
+pub(crate) fn roots_at(place: &Path) -> io::Result<Vec<PathBuf>> {
+    let mounts = fs::read("/proc/thread-self/mountinfo")?;
+    let lines = mounts.split(|byte| *byte == b'\n');
+    let is_there = |line: &&[u8]| mount_point(line).as_deref() == Some(place);
+    Ok(lines.filter(is_there).filter_map(mount_root).collect())
+}
+
 /// The mount point in a line of proc_pid_mountinfo(5).
 fn mount_point(line: &[u8]) -> Option<PathBuf> {
-    let mut rest = line.split(|byte| *byte == b' ').nth(4)?;
+    path_field(line, 4)
+}
+
+/// What is mounted there, below the root of its file system.
+fn mount_root(line: &[u8]) -> Option<PathBuf> {
+    path_field(line, 3)
+}
+
+fn path_field(line: &[u8], at: usize) -> Option<PathBuf> {
+    let mut rest = line.split(|byte| *byte == b' ').nth(at)?;
     let mut path = Vec::with_capacity(rest.len());
     while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
         let (before, after) = rest.split_at(at);

@@ -216,8 +216,9 @@ fn in_memory(mount: &mut Mount, memory: &mut MemoryVolumes) -> Option<MemoryVolu
     if mount.destination().is_relative() {
         return None;
     }
-    let volume = memory.find(mount.source().as_deref()?)?.clone();
-    mount.set_source(Some(volumes::guest_path(&volume)));
+    let (volume, inside) = memory.find(mount.source().as_deref()?)?;
+    let place = volumes::guest_path(&volume).join(inside);
+    mount.set_source(Some(place));
     Some(volume)
 }
 

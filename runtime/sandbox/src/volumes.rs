@@ -15,6 +15,8 @@ use husk_protocol::POD_VOLUMES_DIR;
 use husk_protocol::messages::MemoryVolume;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
+use crate::mounts;
+
 /// The pod's volumes by their paths on the host.
 #[derive(Debug)]
 pub(crate) struct MemoryVolumes {
@@ -31,14 +33,23 @@ impl MemoryVolumes {
         }
     }
 
-    /// The guest's counterpart of a path of the host, if it has one.
-    pub(crate) fn find(&mut self, source: &Path) -> Option<&MemoryVolume> {
+    /// The guest's counterpart of a path of the host, if it has one: a volume, and the path in it.
+    pub(crate) fn find(&mut self, source: &Path) -> Option<(MemoryVolume, PathBuf)> {
+        if let Some(volume) = self.volume(source) {
+            return Some((volume, PathBuf::new()));
+        }
+        let whole = whole_of(source)?;
+        let inside = place_in(&whole, source)?;
+        Some((self.volume(&whole)?, inside))
+    }
+
+    fn volume(&mut self, source: &Path) -> Option<MemoryVolume> {
         if !self.volumes.contains_key(source) {
             let id = u32::try_from(self.volumes.len()).ok()?;
             let volume = self.look_at(source, id)?;
             self.volumes.insert(source.to_owned(), volume);
         }
-        self.volumes.get(source)
+        self.volumes.get(source).cloned()
     }
 
     fn look_at(&self, source: &Path, id: u32) -> Option<MemoryVolume> {
@@ -51,7 +62,7 @@ impl MemoryVolumes {
         );
         let filesystem = statfs(source).ok()?;
         let is_mount = metadata.dev() != parent.dev();
-        // An emptyDir on a disk is the host's; so is a subdirectory of one in memory.
+        // An emptyDir on a disk is the host's.
         if !is_mount || filesystem.filesystem_type() != TMPFS_MAGIC {
             return None;
         }
@@ -79,6 +90,30 @@ fn is_empty_dir(source: &Path) -> bool {
     kind == Some(OsStr::new("kubernetes.io~empty-dir"))
 }
 
+/// The volume that a `subPath` is a part of: the kubelet binds it to
+/// `POD/volume-subpaths/VOLUME/CONTAINER/INDEX`, and the volume itself is
+/// `POD/volumes/kubernetes.io~empty-dir/VOLUME`.
+fn whole_of(source: &Path) -> Option<PathBuf> {
+    let volume = source.parent()?.parent()?;
+    let subpaths = volume.parent()?;
+    if subpaths.file_name() != Some(OsStr::new("volume-subpaths")) {
+        return None;
+    }
+    let volumes = subpaths.parent()?.join("volumes/kubernetes.io~empty-dir");
+    Some(volumes.join(volume.file_name()?))
+}
+
+/// What part of a file system, mounted as a whole, is mounted at a place.
+fn place_in(whole: &Path, place: &Path) -> Option<PathBuf> {
+    let device = |path| Some(fs::metadata(path).ok()?.dev());
+    if device(whole)? != device(place)? {
+        return None;
+    }
+    let roots = mounts::roots_at(place).ok()?;
+    let inside = roots.last()?.strip_prefix("/").ok()?;
+    Some(inside.to_owned())
+}
+
 /// Where a volume is in the guest.
 pub(crate) fn guest_path(volume: &MemoryVolume) -> PathBuf {
     Path::new(POD_VOLUMES_DIR).join(volume.id.to_string())
@@ -86,7 +121,44 @@ pub(crate) fn guest_path(volume: &MemoryVolume) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use nix::mount::{MsFlags, mount};
+
     use super::*;
+    use crate::mounts::tests::real::in_own_namespace;
+
+    #[test]
+    fn part_of_a_volume_is_found_in_the_whole_of_it() {
+        in_own_namespace(|directory| {
+            let volume = directory.join("volumes/kubernetes.io~empty-dir/cache");
+            let place = directory.join("volume-subpaths/cache/web/0");
+            let disk = directory.join("volume-subpaths/disk/web/0");
+            for path in [&volume, &place, &disk] {
+                fs::create_dir_all(path).unwrap();
+            }
+            let size = Some("size=1m,mode=1777");
+            mount(
+                Some("tmpfs"),
+                &volume,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                size,
+            )
+            .unwrap();
+            let part = volume.join("a b/c");
+            fs::create_dir_all(&part).unwrap();
+            let none = None::<&str>;
+            mount(Some(&part), &place, none, MsFlags::MS_BIND, none).unwrap();
+            let mut volumes = MemoryVolumes::new("p1");
+
+            let (found, inside) = volumes.find(&place).unwrap();
+
+            assert_eq!(inside, Path::new("a b/c"));
+            assert_eq!((found.id, found.size_bytes), (0, 1 << 20));
+            let (whole, inside) = volumes.find(&volume).unwrap();
+            assert_eq!((whole, inside.as_os_str().len()), (found, 0));
+            assert!(volumes.find(&disk).is_none());
+        });
+    }
 
     #[test]
     fn volumes_of_the_host_stay_there() {
