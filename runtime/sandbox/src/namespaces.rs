@@ -28,6 +28,22 @@ pub(crate) fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     namespaces.is_some_and(|all| all.iter().any(|namespace| namespace.typ() == kind))
 }
 
+/// Whether a spec joins a namespace of that kind that somebody else has.
+pub(crate) fn joins(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
+    let mut of_kind = namespaces
+        .into_iter()
+        .flatten()
+        .filter(|namespace| namespace.typ() == kind);
+    of_kind.any(|namespace| {
+        namespace
+            .path()
+            .as_deref()
+            .is_some_and(|path| !is_empty(path))
+    })
+}
+
 /// Refuses a spec that asks for the host's namespaces.
 pub(crate) fn check_own(spec: &Spec) -> Result<(), SpecError> {
     for (kind, reason) in NEEDED {

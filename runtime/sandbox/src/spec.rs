@@ -158,9 +158,17 @@ pub(crate) fn guest_spec(
     let mut volumes = Vec::new();
     let mut memory_volumes = Vec::new();
     let mut disks = Vec::new();
+    // Who has the pod's IPC namespace has its shared memory.
+    let joins_ipc = pod.is_some() && namespaces::joins(&spec, LinuxNamespaceType::Ipc);
     for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         let destination = clean(mount.destination());
         mount.set_destination(destination);
+        if joins_ipc && volumes::is_own_shm(mount) {
+            let shm = volumes::pod_shm();
+            volumes::bind(mount, &shm);
+            memory_volumes.push(shm);
+            continue;
+        }
         if let Some(volume) = in_memory(mount, memory) {
             memory_volumes.push(volume);
             continue;
@@ -582,6 +590,24 @@ mod tests {
             },
         ];
         assert_eq!(guest.volumes, expected);
+    }
+
+    #[test]
+    fn shared_memory_goes_with_the_ipc_namespace() {
+        let shm = |path: &str| {
+            let spec = spec(|spec| {
+                spec["linux"]["namespaces"][1]["path"] = json!(path);
+                spec["mounts"][0] =
+                    json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm" });
+            });
+            let memory = &mut MemoryVolumes::new("p1");
+            let guest = guest_spec(spec, "c1", Some(std::process::id()), memory).unwrap();
+            let source = guest.spec.mounts().as_ref().unwrap()[0].source().clone();
+            (guest.memory_volumes.len(), source.unwrap())
+        };
+        assert_eq!(shm(""), (0, "shm".into()));
+        let pods = shm("/proc/self/ns/ipc");
+        assert_eq!(pods, (1, "/run/husk/volumes/0".into()));
     }
 
     #[test]

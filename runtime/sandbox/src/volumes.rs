@@ -3,7 +3,8 @@
 //!
 //! On the host they are file systems in memory, empty when the pod begins and seen by nobody but
 //! its containers. Shared with the guest they would be in memory twice, and slow; so the guest has
-//! file systems in memory of the same size instead.
+//! file systems in memory of the same size instead. A pod's `/dev/shm` that the host has not, as in pods
+//! of containerd's Sandbox API, is the guest's alone.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use husk_protocol::POD_VOLUMES_DIR;
 use husk_protocol::messages::MemoryVolume;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use oci_spec::runtime::Mount;
 
 use crate::mounts;
 
@@ -45,7 +47,7 @@ impl MemoryVolumes {
 
     fn volume(&mut self, source: &Path) -> Option<MemoryVolume> {
         if !self.volumes.contains_key(source) {
-            let id = u32::try_from(self.volumes.len()).ok()?;
+            let id = u32::try_from(self.volumes.len()).ok()?.checked_add(1)?;
             let volume = self.look_at(source, id)?;
             self.volumes.insert(source.to_owned(), volume);
         }
@@ -113,6 +115,40 @@ fn place_in(whole: &Path, place: &Path) -> Option<PathBuf> {
     let inside = roots.last()?.strip_prefix("/").ok()?;
     Some(inside.to_owned())
 }
+
+/// Whether a mount asks for a `/dev/shm` of the container's own.
+pub(crate) fn is_own_shm(mount: &Mount) -> bool {
+    mount.destination() == Path::new(SHM) && mount.typ().as_deref() == Some("tmpfs")
+}
+
+/// The `/dev/shm` of a pod that the host has none of.
+pub(crate) fn pod_shm() -> MemoryVolume {
+    MemoryVolume {
+        id: SHM_ID,
+        size_bytes: SHM_BYTES,
+        mode: SHM_MODE,
+        ..MemoryVolume::default()
+    }
+}
+
+/// Makes a mount one of a volume in the guest.
+pub(crate) fn bind(mount: &mut Mount, volume: &MemoryVolume) {
+    let options = ["rbind", "nosuid", "nodev", "noexec", "rw"].map(str::to_owned);
+    mount
+        .set_typ(Some("bind".to_owned()))
+        .set_options(Some(options.into()))
+        .set_source(Some(guest_path(volume)));
+}
+
+/// Where POSIX shared memory is (shm_overview(7)).
+const SHM: &str = "/dev/shm";
+
+/// The others' ids begin after it.
+const SHM_ID: u32 = 0;
+
+/// As CRI's servers make it on the host.
+const SHM_BYTES: u64 = 64 * 1024 * 1024;
+const SHM_MODE: u32 = 0o1777;
 
 /// Where a volume is in the guest.
 pub(crate) fn guest_path(volume: &MemoryVolume) -> PathBuf {
