@@ -43,19 +43,31 @@ struct Rpc<M: PodMaker> {
 }
 
 /// The one place where our errors become the transport's.
-fn status(error: PodError) -> ttrpc::Error {
+pub(crate) fn status(error: PodError) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(error.code, error.text))
 }
 
 /// Carries a call out to its end even if the caller goes away or its time is up, when ttrpc drops
 /// the handler: a task that is half started or half deleted would be so for ever.
-async fn to_its_end<T: Send + 'static>(
+pub(crate) async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, PodError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     match tokio::spawn(work).await {
         Ok(done) => done.map_err(status),
         Err(error) => Err(status(PodError::new(Code::INTERNAL, error))),
     }
+}
+
+/// Figures as containerd's messages carry them.
+pub(crate) fn packed(metrics: &Metrics) -> ttrpc::Result<Any> {
+    let value = metrics
+        .write_to_bytes()
+        .map_err(|error| status(PodError::new(Code::INTERNAL, error)))?;
+    Ok(Any {
+        type_url: Metrics::descriptor().full_name().to_owned(),
+        value,
+        ..Any::default()
+    })
 }
 
 #[async_trait]
@@ -132,15 +144,8 @@ impl<M: PodMaker + 'static> Task for Rpc<M> {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let metrics = self.service.stats(request.id()).await.map_err(status)?;
-        let value = metrics
-            .write_to_bytes()
-            .map_err(|error| status(PodError::new(Code::INTERNAL, error)))?;
         let mut response = StatsResponse::new();
-        response.set_stats(Any {
-            type_url: Metrics::descriptor().full_name().to_owned(),
-            value,
-            ..Any::default()
-        });
+        response.set_stats(packed(&metrics)?);
         Ok(response)
     }
 

@@ -1,4 +1,4 @@
-//! The server of one pod: the Task service over ttrpc, on the socket that `start` has made.
+//! The server of one pod: the Task and Sandbox services over ttrpc, on the socket that `start` has made.
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
@@ -26,7 +26,7 @@ use crate::events::Publisher;
 use crate::pod::{Exit, GuestProcess, NewContainer, Pod, PodError, PodMaker, RootMount};
 use crate::service::{Service, chain};
 use crate::stdio::Ends;
-use crate::{log, rpc};
+use crate::{log, rpc, sandbox_rpc};
 
 /// How long a guest may take to power itself off before it is stopped.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
@@ -78,19 +78,20 @@ async fn serve_pod(arguments: Arguments, served_us: u64) -> anyhow::Result<()> {
         .context("standard input is not a listening socket: -serve is for `start` alone")?;
     let events = Publisher::to_containerd(ttrpc_address(&arguments), arguments.namespace.clone());
     let socket = socket_path(&arguments.namespace, &arguments.id);
-    let namespace = arguments.namespace.clone();
+    let (namespace, id) = (arguments.namespace.clone(), arguments.id.clone());
     let maker = Maker {
         namespace: arguments.namespace,
         id: arguments.id,
         began_us: arguments.began_us,
         served_us,
     };
-    let service = Service::new(namespace, maker, events.clone());
+    let service = Service::new(namespace, id, maker, events.clone());
     let [v2, v3] = rpc::services(service.clone());
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener)
         .register_service(v2)
-        .register_service(v3);
+        .register_service(v3)
+        .register_service(sandbox_rpc::service(service.clone()));
     server.start().await.context("cannot serve")?;
 
     let mut terminate = signal(SignalKind::terminate()).context("cannot await SIGTERM")?;

@@ -5,9 +5,10 @@
 //! that records it.
 
 mod create;
+mod sandbox;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::{
@@ -27,15 +28,20 @@ use ttrpc::Code;
 use crate::convert::timestamp;
 use crate::events::{Event, Publisher};
 use crate::logger::Owner;
-use crate::pod::{Exit, GuestProcess, Pod, PodError, PodMaker};
+use crate::pod::{Exit, GuestProcess, NewContainer, Pod, PodError, PodMaker};
 use crate::state::{Refused, State, Step};
 use crate::stats::metrics;
 use crate::task::{Process, Task};
+use sandbox::PodSandbox;
 
 /// What an exec that could not be started has ended with, as a shell says of a missing command.
 const STATUS_NOT_STARTED: u32 = 127;
 
 const SIGKILL: u32 = 9;
+const SIGTERM: u32 = 15;
+
+/// 128 + SIGKILL.
+const STATUS_KILLED: u32 = 137;
 
 /// proc_sys_kernel(5): no pid of any host is as high.
 const HOST_PIDS_MAX: u32 = 4 * 1024 * 1024;
@@ -60,8 +66,12 @@ impl From<Refused> for PodError {
 pub(crate) struct Service<M: PodMaker> {
     /// containerd's.
     namespace: String,
+    /// The pod's.
+    id: String,
     maker: M,
     pod: OnceCell<Arc<M::Pod>>,
+    /// The pod as containerd's Sandbox API sees it; none where the first task makes the pod.
+    sandbox: OnceLock<Box<PodSandbox>>,
     events: Publisher,
     tasks: Mutex<HashMap<String, Arc<Task>>>,
     /// Read while a task is created, so that the end of this process comes before or after that.
@@ -71,11 +81,13 @@ pub(crate) struct Service<M: PodMaker> {
 }
 
 impl<M: PodMaker + 'static> Service<M> {
-    pub(crate) fn new(namespace: String, maker: M, events: Publisher) -> Arc<Self> {
+    pub(crate) fn new(namespace: String, id: String, maker: M, events: Publisher) -> Arc<Self> {
         Arc::new(Self {
             namespace,
+            id,
             maker,
             pod: OnceCell::new(),
+            sandbox: OnceLock::new(),
             events,
             tasks: Mutex::default(),
             creating: RwLock::default(),
@@ -111,6 +123,17 @@ impl<M: PodMaker + 'static> Service<M> {
             .get()
             .cloned()
             .ok_or_else(|| PodError::new(Code::FAILED_PRECONDITION, "no container was created yet"))
+    }
+
+    /// The pod, which is made if it is not there.
+    async fn make_pod(&self, first: &NewContainer) -> Result<Arc<M::Pod>, PodError> {
+        let make = || async { self.maker.make(first).await.map(Arc::new) };
+        Ok(self.pod.get_or_try_init(make).await?.clone())
+    }
+
+    /// Whether nothing needs the pod any more. One of the Sandbox API is there without tasks.
+    fn is_unused(&self) -> bool {
+        self.tasks().is_empty() && self.sandbox.get().is_none()
     }
 
     /// Whose output it is, for log drivers.
@@ -414,7 +437,7 @@ impl<M: PodMaker + 'static> Service<M> {
                 tracing::warn!(%error, id, "the guest could not remove the container");
             }
             self.tasks().remove(id);
-            if self.tasks().is_empty() {
+            if self.is_unused() {
                 pod.shutdown().await;
             }
         } else {
@@ -445,7 +468,7 @@ impl<M: PodMaker + 'static> Service<M> {
     pub(crate) fn connect(&self, id: &str) -> ConnectResponse {
         let mut response = ConnectResponse::new();
         response.set_shim_pid(std::process::id());
-        if self.tasks().contains_key(id) {
+        if self.has_pid(id) {
             response.set_task_pid(self.pid());
         }
         response
@@ -460,14 +483,14 @@ impl<M: PodMaker + 'static> Service<M> {
         ))
     }
 
-    /// Ends this process, unless containers are left and `now` is not set.
+    /// Ends this process, unless somebody needs the pod and `now` is not set.
     pub(crate) async fn shutdown(&self, now: bool) {
         // What is under way fails by itself if the machine goes.
         let _created = match now {
             true => None,
             false => Some(self.creating.write().await),
         };
-        if !now && !self.tasks().is_empty() {
+        if !now && !self.is_unused() {
             return;
         }
         if let Some(pod) = self.pod.get() {
@@ -481,7 +504,7 @@ impl<M: PodMaker + 'static> Service<M> {
         tokio::time::sleep(FIRST_TASK_DEADLINE).await;
         // One that is being created is waited for.
         drop(self.creating.write().await);
-        if self.pod.get().is_none() {
+        if self.pod.get().is_none() && self.sandbox.get().is_none() {
             tracing::warn!("nobody has asked for a task within {FIRST_TASK_DEADLINE:?}: ending");
             self.shutdown(false).await;
         }

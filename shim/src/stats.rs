@@ -44,6 +44,29 @@ pub(crate) fn metrics(files: &HashMap<String, String>, network: &[NetworkCounter
     }
 }
 
+/// Adds what is told of one container to what is told of its pod: processes, time and memory.
+pub(crate) fn add(sum: &mut Metrics, one: &Metrics) {
+    let pids = sum.pids.mut_or_insert_default();
+    pids.current = pids.current.saturating_add(one.pids.current);
+    let cpu = sum.cpu.mut_or_insert_default();
+    for (sum, one) in [
+        (&mut cpu.usage_usec, one.cpu.usage_usec),
+        (&mut cpu.user_usec, one.cpu.user_usec),
+        (&mut cpu.system_usec, one.cpu.system_usec),
+    ] {
+        *sum = sum.saturating_add(one);
+    }
+    let memory = sum.memory.mut_or_insert_default();
+    for (sum, one) in [
+        (&mut memory.usage, one.memory.usage),
+        (&mut memory.anon, one.memory.anon),
+        (&mut memory.file, one.memory.file),
+        (&mut memory.inactive_file, one.memory.inactive_file),
+    ] {
+        *sum = sum.saturating_add(one);
+    }
+}
+
 fn cpu(files: &Files<'_>) -> CPUStat {
     let stat = files.table("cpu.stat");
     CPUStat {

@@ -66,6 +66,10 @@ impl<M: PodMaker + 'static> Service<M> {
             stderr: request.stderr().to_owned(),
             terminal: request.terminal(),
         };
+        let mut spec = read_spec(request.bundle())?;
+        if let Some(sandbox) = self.sandbox.get() {
+            sandbox.admit(&mut spec)?;
+        }
         let (ends, held) = paths
             .open(self.owner(id))
             .await
@@ -73,18 +77,14 @@ impl<M: PodMaker + 'static> Service<M> {
         let new = NewContainer {
             id: id.to_owned(),
             bundle: request.bundle().into(),
-            spec: read_spec(request.bundle())?,
+            spec,
             rootfs: request.rootfs.iter().map(root_mount).collect(),
             terminal: request.terminal(),
             ends,
         };
-        let pod = self
-            .pod
-            .get_or_try_init(|| async { Ok::<_, PodError>(Arc::new(self.maker.make(&new).await?)) })
-            .await?
-            .clone();
+        let pod = self.make_pod(&new).await?;
         if let Err(error) = pod.create_container(new).await {
-            if self.tasks().is_empty() {
+            if self.is_unused() {
                 pod.shutdown().await;
             }
             return Err(error);

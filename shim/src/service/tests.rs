@@ -1,4 +1,7 @@
+mod sandbox;
+
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -18,6 +21,7 @@ struct FakePod {
     exits: Mutex<HashMap<String, watch::Sender<Option<u32>>>>,
     /// OOM kills that containers have had.
     kills: Mutex<HashMap<String, u64>>,
+    is_gone: AtomicBool,
 }
 
 impl FakePod {
@@ -25,7 +29,10 @@ impl FakePod {
         let mut exits = self.exits.lock().unwrap();
         exits
             .entry(format!("{container}/{exec}"))
-            .or_insert(watch::Sender::new(None))
+            .or_insert_with(|| {
+                let is_gone = self.is_gone.load(Ordering::Relaxed);
+                watch::Sender::new(is_gone.then_some(STATUS_KILLED))
+            })
             .clone()
     }
 }
@@ -142,7 +149,16 @@ impl Pod for FakePod {
         Ok(())
     }
 
-    async fn shutdown(&self) {}
+    async fn shutdown(&self) {
+        self.is_gone.store(true, Ordering::Relaxed);
+        for process in self.exits.lock().unwrap().values() {
+            process.send_if_modified(|exit| {
+                let is_alive = exit.is_none();
+                exit.get_or_insert(STATUS_KILLED);
+                is_alive
+            });
+        }
+    }
 }
 
 struct FakeMaker;
@@ -151,7 +167,12 @@ struct FakeMaker;
 impl PodMaker for FakeMaker {
     type Pod = FakePod;
 
-    async fn make(&self, _: &NewContainer) -> Result<FakePod, PodError> {
+    async fn make(&self, first: &NewContainer) -> Result<FakePod, PodError> {
+        tokio::task::yield_now().await;
+        let annotations = first.spec.annotations().as_ref();
+        if annotations.is_some_and(|all| all.contains_key("unbootable")) {
+            return Err(PodError::new(Code::INTERNAL, "no guest"));
+        }
         Ok(FakePod {
             kills: Mutex::new([("hungry".to_owned(), 2), ("liar".to_owned(), u64::MAX)].into()),
             ..FakePod::default()
@@ -175,7 +196,7 @@ impl Fixture {
         .unwrap();
         let (publisher, events) = Publisher::channel();
         Self {
-            service: Service::new("n".to_owned(), FakeMaker, publisher),
+            service: Service::new("n".to_owned(), "p1".to_owned(), FakeMaker, publisher),
             events,
             bundle,
         }
