@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use crate::pod_config::{Namespaces, PodConfig};
 
-/// The pod's spec; `netns` is the path of its network namespace, and `annotations` come from the caller.
+/// The pod's spec; `netns` is the path of its network namespace, empty: one of its own, and `annotations`
+/// come from the caller.
 ///
 /// # Errors
 /// What of it no spec can hold.
@@ -39,7 +40,7 @@ pub(crate) fn pod_spec(
         let unset = sysctls.entry(name.to_owned());
         unset.or_insert_with(|| value.to_owned());
     }
-    serde_json::from_value(json!({
+    let spec = json!({
         "ociVersion": "1.1.0",
         "hostname": hostname,
         "annotations": annotations,
@@ -50,7 +51,9 @@ pub(crate) fn pod_spec(
             "sysctl": sysctls,
             "cgroupsPath": cgroups_path(&config.cgroup_parent, id),
         },
-    }))
+    });
+    // Through text: to read it from there is code that the shim has already.
+    husk_sandbox::parse_spec(spec.to_string().as_bytes())
 }
 
 /// Those of the host's that are asked for are not there, and are refused as in any spec.
@@ -62,8 +65,10 @@ fn namespaces(asked: &Namespaces, netns: &str) -> Vec<Value> {
     if !asked.has_hosts_ipc {
         all.push(json!({ "type": "ipc" }));
     }
-    if !asked.has_hosts_network {
-        all.push(json!({ "type": "network", "path": netns }));
+    match netns {
+        _ if asked.has_hosts_network => {}
+        "" => all.push(json!({ "type": "network" })),
+        netns => all.push(json!({ "type": "network", "path": netns })),
     }
     if asked.has_own_users {
         all.push(json!({ "type": "user" }));

@@ -82,7 +82,7 @@ impl PodSandbox {
         *self.phase.borrow()
     }
 
-    /// Makes sure that no start is under way or will begin, which has deadlines of its own.
+    /// Makes sure that no start will begin, and waits for one that is under way: it has deadlines.
     async fn settled(&self) -> Phase {
         self.phase.send_if_modified(|phase| {
             let is_new = *phase == Phase::Created;
@@ -130,6 +130,10 @@ impl PodSandbox {
     }
 }
 
+fn not_found(id: &str) -> PodError {
+    PodError::new(Code::NOT_FOUND, format!("sandbox {id:?} not found"))
+}
+
 fn exit(status: u32) -> Exit {
     let at = SystemTime::now();
     Exit { status, at }
@@ -141,7 +145,7 @@ impl<M: PodMaker + 'static> Service<M> {
             .get()
             .filter(|_| id == self.id)
             .map(AsRef::as_ref)
-            .ok_or_else(|| PodError::new(Code::NOT_FOUND, format!("sandbox {id:?} not found")))
+            .ok_or_else(|| not_found(id))
     }
 
     pub(crate) async fn create_sandbox(
@@ -313,7 +317,7 @@ impl<M: PodMaker + 'static> Service<M> {
     /// nothing, and is done with as well.
     pub(crate) async fn shutdown_sandbox(&self, id: &str) -> Result<(), PodError> {
         if id != self.id {
-            return self.sandbox(id).map(|_| ());
+            return Err(not_found(id));
         }
         match self.sandbox.get() {
             Some(sandbox) => {

@@ -1,10 +1,10 @@
 //! A containerd with its CRI service switched on, beside the machine's own.
 //!
-//! It has directories of its own, the runtime handlers `runc` and `husk` with a bridge network,
-//! `runc-broken` and `husk-broken` with a network that fails, and two images made from the machine's
-//! busybox: [`IMAGE`], and one whose command sleeps for ever, which stands for Kubernetes' pause image.
-//! Its snapshotter `blockfile` keeps each root in a file, and the handlers `runc-blockfile` and
-//! `husk-blockfile` use that one.
+//! It has directories of its own, and two images made from the machine's busybox: [`IMAGE`], and one
+//! whose command sleeps for ever, which stands for Kubernetes' pause image. Its runtime handlers are
+//! `runc` and `husk` with a bridge network, `runc-broken` and `husk-broken` with a network that fails,
+//! `runc-blockfile` and `husk-blockfile`, whose snapshotter keeps each root in a file, and
+//! `husk-sandboxer`.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -194,7 +194,8 @@ impl Places {
         run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(path))
     }
 
-    /// Version 2 of the configuration, which containerd 1.x and 2.x read.
+    /// Version 2 of the configuration, which containerd 1.x and 2.x read. The former pass over what a
+    /// handler's `sandboxer` is.
     fn config(&self) -> String {
         let (run, root) = (self.run.display(), self.root.display());
         let (scratch, blockfile) = (self.scratch(), blockfile(&self.root));
@@ -233,6 +234,9 @@ cni_conf_dir = "{run}/broken.d"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk-broken]
 runtime_type = "io.containerd.husk.v2"
 cni_conf_dir = "{run}/broken.d"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk-sandboxer]
+runtime_type = "io.containerd.husk.v2"
+sandboxer = "shim"
 [plugins."io.containerd.snapshotter.v1.blockfile"]
 root_path = "{blockfile}"
 scratch_file = "{scratch}"

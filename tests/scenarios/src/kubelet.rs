@@ -158,6 +158,11 @@ impl Kubelet {
         Ok(self.cri.container_status(container)?.exit_code)
     }
 
+    /// Waits for the end of a pod.
+    pub(crate) fn pod_stopped(&mut self, pod: &str) -> Result<()> {
+        self.events.stopped(pod, STOP_DEADLINE)
+    }
+
     /// The output of a script that succeeds in a container.
     pub(crate) fn shell(&self, container: &str, script: &str) -> Result<String> {
         let ExecSyncResponse {

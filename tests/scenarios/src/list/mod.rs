@@ -19,6 +19,7 @@ mod pods_faults;
 mod pods_filter;
 mod pods_many;
 mod pods_network;
+mod pods_sandboxer;
 mod pods_stats;
 mod pods_whole;
 mod spec_limits;
@@ -54,6 +55,9 @@ type Version = (u32, u32);
 /// The first with the CRI v1 calls that the kubelet's client makes (GetContainerEvents), and with a `ctr`
 /// that passes on all of a spec's process.
 const CONTAINERD_1_7: Version = (1, 7);
+
+/// The first of the testbed's whose CRI takes pods of the Sandbox API.
+const CONTAINERD_2_1: Version = (2, 1);
 
 /// How often a scenario is worth its time. A run of one tier has those before it as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -295,6 +299,11 @@ pub(crate) const ALL: &[Scenario] = &[
         pods::without_containerd(ctr)
     }),
     husk_pods("pods_killed", |ctr| pods::killed(ctr)),
+    husk("pods_sandboxer_shim", |ctr| {
+        pods_sandboxer::sandboxer_shim(ctr)
+    })
+    .core()
+    .since(CONTAINERD_2_1),
     both("bridge_of_two_pods", |ctr| network::bridge_of_two_pods(ctr)),
     both("ipv6_only", |ctr| network::ipv6_only(ctr)),
     both("changes_of_a_namespace", |ctr| {

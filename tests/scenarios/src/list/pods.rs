@@ -37,7 +37,7 @@ impl PodCgroup {
         Ok(Self(path))
     }
 
-    fn directory(&self) -> PathBuf {
+    pub(super) fn directory(&self) -> PathBuf {
         Path::new("/sys/fs/cgroup").join(self.0.trim_start_matches('/'))
     }
 }
@@ -132,7 +132,7 @@ pub(super) fn two_containers(ctr: &Ctr) -> Result<()> {
 }
 
 /// Kubernetes accounts for all of a pod by its cgroup.
-fn holds_all(cgroup: &Path) -> Result<()> {
+pub(super) fn holds_all(cgroup: &Path) -> Result<()> {
     let below = cgroup.strip_prefix("/sys/fs/cgroup")?.display().to_string();
     for program in ["husk-vmm", "containerd-shim-husk-v2"] {
         let mut all = host::Process::all()?;
