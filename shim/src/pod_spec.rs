@@ -105,7 +105,8 @@ mod tests {
     }
 
     fn request(config: &PodConfig) -> Result<PodRequest, String> {
-        PodRequest::of(&spec(config), &VmSettings::default()).map_err(|error| error.to_string())
+        PodRequest::of(&spec(config), &[], &VmSettings::default())
+            .map_err(|error| error.to_string())
     }
 
     #[test]

@@ -39,9 +39,14 @@ pub(crate) fn metrics(files: &HashMap<String, String>, network: &[NetworkCounter
             ..RdmaStat::default()
         }),
         hugetlb: huge_pages(&files),
-        network: network.iter().map(interface).collect(),
+        network: networks(network),
         ..Metrics::default()
     }
+}
+
+/// What has passed through a pod's interfaces.
+pub(crate) fn networks(counters: &[NetworkCounters]) -> Vec<NetworkStat> {
+    counters.iter().map(interface).collect()
 }
 
 /// Adds what is told of one container to what is told of its pod: processes, time and memory.

@@ -23,7 +23,7 @@ use crate::pod_config::PodConfig;
 use crate::pod_files::PodFiles;
 use crate::pod_spec::pod_spec;
 use crate::state::State;
-use crate::stats::{add, metrics};
+use crate::stats::{add, metrics, networks};
 use crate::stdio::Ends;
 
 /// A pod of the Sandbox API.
@@ -304,9 +304,10 @@ impl<M: PodMaker + 'static> Service<M> {
             ids.map(|(id, _)| id.clone()).collect()
         };
         let mut sum = Metrics::new();
+        sum.network = networks(&pod.network_counters().await?);
         for id in running {
             match pod.stats(&id).await {
-                Ok(files) => add(&mut sum, &metrics(&files)),
+                Ok(files) => add(&mut sum, &metrics(&files, &[])),
                 Err(error) => tracing::debug!(%error, id, "it has just ended"),
             }
         }

@@ -68,7 +68,7 @@ impl Kubelet {
     }
 
     fn connect(&mut self) -> Result<()> {
-        let socket = start()?;
+        let socket = start()?.socket;
         self.cri = Cri::connect(&socket)?;
         self.events = Events::listen(&socket)?;
         Ok(())
