@@ -55,6 +55,7 @@ fn main() -> Result<ExitCode> {
     let boot = Call::Boot(BootConfig {
         vcpus: arguments.vcpus,
         memory_mib: arguments.memory_mib,
+        memory_max_mib: 0,
         cmdline_extra: arguments.cmdline_extra,
         shared_dir: arguments.share.to_string_lossy().into_owned(),
         cgroup_dir: String::new(),

@@ -15,6 +15,7 @@ use crate::device::{Device, StillDriven};
 use crate::devices::blk::{self, BlkDevice, DiskError, Geometry};
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, FsError, REQUEST_QUEUES_MAX};
+use crate::devices::mem::{self, MemDevice};
 use crate::devices::net::{NetDevice, Socket, Traffic};
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::{VsockDevice, VsockHandle};
@@ -22,6 +23,7 @@ use crate::end::EndReason;
 use crate::jail::{self, JailError, Jailed};
 use crate::last_words;
 use crate::machine::{Blueprint, BuildError, Config, LaunchError, Machine};
+use crate::memory::{Growth, MemoryError};
 use crate::seccomp::{Filters, SeccompError, ThreadKind};
 use crate::threads::ThreadSetup;
 use crate::vcpu::PauseError;
@@ -49,6 +51,8 @@ pub(crate) enum AssembleError {
     Fs(#[from] FsError),
     #[error("cannot make the vsock device")]
     Vsock(#[source] io::Error),
+    #[error("cannot make the memory device")]
+    Mem(#[source] io::Error),
     #[error("cannot use the tap of network device {index}")]
     Tap { index: usize, source: io::Error },
     #[error(transparent)]
@@ -75,6 +79,14 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
         Box::new(RngDevice),
         Box::new(ConsoleDevice::new(boot.files.console)),
     ];
+    let memory_bytes = u64::from(boot.memory_mib) << 20;
+    let memory_bytes_max = u64::from(boot.memory_max_mib) << 20;
+    let mut growth = None;
+    if let Some(place) = Growth::of(memory_bytes, memory_bytes_max) {
+        let (device, socket) = MemDevice::new(place).map_err(AssembleError::Mem)?;
+        devices.push(Box::new(device));
+        growth = Some(socket);
+    }
     let mut net = Vec::new();
     for (index, booted) in boot.net.into_iter().enumerate() {
         let (device, socket) =
@@ -91,7 +103,8 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
     let threads = devices.len() + usize::from(boot.vcpus);
     let blueprint = Blueprint::build(Config {
         vcpus: boot.vcpus,
-        memory_bytes: u64::from(boot.memory_mib) << 20,
+        memory_bytes,
+        memory_bytes_max,
         kernel: boot.files.kernel,
         initrd: boot.files.initrd,
         cmdline_extra: boot.cmdline_extra,
@@ -105,6 +118,8 @@ pub(crate) fn assemble(boot: Boot) -> Result<Assembled, AssembleError> {
         guest: JailedGuest {
             machine,
             server,
+            memory_bytes,
+            growth,
             net,
             disks,
         },
@@ -176,6 +191,10 @@ fn launch_confined(
 pub(crate) struct JailedGuest {
     machine: Machine,
     server: Arc<Server>,
+    /// What the guest has booted with.
+    memory_bytes: u64,
+    /// What it may have more, if it may.
+    growth: Option<mem::Socket>,
     /// With the index of their device.
     net: Vec<(usize, Socket)>,
     /// As well.
@@ -187,6 +206,11 @@ pub(crate) struct JailedGuest {
 pub(crate) enum GuestError {
     #[error(transparent)]
     Pause(#[from] PauseError),
+    #[error("cannot have the guest take {memory_mib} MiB of memory")]
+    ResizeMemory {
+        memory_mib: u32,
+        source: MemoryError,
+    },
     #[error("the machine has no network device {device}")]
     NoNetDevice { device: usize },
     #[error("cannot plug a tap into network device {device}")]
@@ -265,6 +289,35 @@ impl Guest for JailedGuest {
             })
     }
 
+    fn resize_memory(&mut self, memory_mib: u32) -> Result<bool, GuestError> {
+        let bytes = (u64::from(memory_mib) << 20).saturating_sub(self.memory_bytes);
+        let Some(growth) = &self.growth else {
+            return match bytes {
+                0 => Ok(true),
+                _ => Err(GuestError::ResizeMemory {
+                    memory_mib,
+                    source: MemoryError::Growth {
+                        bytes,
+                        bytes_max: 0,
+                    },
+                }),
+            };
+        };
+        let usable = self
+            .machine
+            .give_memory(bytes)
+            .map_err(|source| GuestError::ResizeMemory { memory_mib, source })?;
+        Ok(growth.request(bytes, usable))
+    }
+
+    fn memory_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.growth.as_ref().map(mem::Socket::reached_fd)
+    }
+
+    fn has_memory(&mut self) -> bool {
+        self.growth.as_ref().is_some_and(mem::Socket::take_reached)
+    }
+
     fn shut_down(&mut self) {
         if let Err(stuck) = self.machine.stop() {
             // The end of the process ends it too.
@@ -301,6 +354,7 @@ impl Guest for JailedGuest {
             net_dropped_frames: net.dropped_frames,
             exits_io: exits.io(),
             exits_mmio: exits.mmio(),
+            memory_plugged_bytes: self.growth.as_ref().map_or(0, mem::Socket::plugged_bytes),
             fs_requests: files.requests,
             fs_read_bytes: files.bytes_read,
             fs_written_bytes: files.bytes_written,

@@ -24,6 +24,8 @@ pub struct Boot {
     pub vcpus: u8,
     /// Guest memory.
     pub memory_mib: u32,
+    /// What it may grow to.
+    pub memory_max_mib: u32,
     /// Added to the kernel's command line.
     pub cmdline_extra: String,
     /// The directory to become the root.
@@ -139,6 +141,7 @@ impl Boot {
         let BootConfig {
             vcpus,
             memory_mib,
+            memory_max_mib,
             cmdline_extra,
             shared_dir,
             cgroup_dir,
@@ -151,6 +154,10 @@ impl Boot {
             return Err(BootError::Vcpus { vcpus });
         }
         if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&memory_mib) {
+            return Err(BootError::Memory { memory_mib });
+        }
+        if memory_max_mib > MEMORY_MIB_MAX {
+            let memory_mib = memory_max_mib;
             return Err(BootError::Memory { memory_mib });
         }
         let is_word = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
@@ -187,6 +194,7 @@ impl Boot {
         Ok(Self {
             vcpus,
             memory_mib,
+            memory_max_mib,
             cmdline_extra,
             shared_dir: absolute("shared_dir", shared_dir)?,
             cgroup_dir,

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use husk_vmm_control::{
     Answer, Call, Channel, ChannelError, Connect, DiskConfig, Event, ExitReason, Failure, Message,
-    Metrics, PlugDisk, PlugNet, Request,
+    Metrics, PlugDisk, PlugNet, Request, ResizeMemory,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -65,6 +65,19 @@ pub trait Guest {
         disk: Option<(DiskConfig, OwnedFd)>,
     ) -> Result<(), Self::Error>;
 
+    /// Has the guest take more memory or give some back, up to that much in all. Answers whether it has
+    /// at least as much already.
+    ///
+    /// # Errors
+    /// It can't have as much.
+    fn resize_memory(&mut self, memory_mib: u32) -> Result<bool, Self::Error>;
+
+    /// Readable once the guest has the memory that it was to take; `None` if it never takes any.
+    fn memory_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Whether that is so, once.
+    fn has_memory(&mut self) -> bool;
+
     /// Ends vCPUs and devices. Returns when the devices have passed on what they hold, or after
     /// a limited time.
     fn shut_down(&mut self);
@@ -105,6 +118,8 @@ impl State {
             (Self::Running, Call::Connect(_)) => Ok(Self::Running),
             // The guest answers when it runs again, or the connection times out.
             (Self::Paused, Call::Connect(_)) => Ok(Self::Paused),
+            // As well.
+            (state @ (Self::Running | Self::Paused), Call::ResizeMemory(_)) => Ok(state),
             (state, Call::Stop | Call::Metrics | Call::PlugNet(_) | Call::PlugDisk(_)) => Ok(state),
             (_, Call::Boot(_)) => Err("the machine is built already"),
             (Self::Built, _) => Err("the guest was not started"),
@@ -122,6 +137,7 @@ pub fn serve(channel: &Channel, guest: &mut impl Guest, vsock: &VsockHandle) -> 
         guest,
         vsock,
         state: State::Built,
+        resizing: None,
         streams: HashMap::new(),
     };
     let end = match control.serve() {
@@ -162,6 +178,8 @@ struct Control<'a, G> {
     guest: &'a mut G,
     vsock: &'a VsockHandle,
     state: State,
+    /// The request whose guest takes memory.
+    resizing: Option<u64>,
     /// Connections by the parent's name for them; those that the guest has not answered have the
     /// id of the request to answer.
     streams: HashMap<u64, Option<u64>>,
@@ -173,6 +191,7 @@ struct Ready {
     has_request: bool,
     has_vsock_event: bool,
     has_ended: bool,
+    has_memory: bool,
 }
 
 impl<G: Guest> Control<'_, G> {
@@ -197,6 +216,9 @@ impl<G: Guest> Control<'_, G> {
             {
                 return Ok(reason);
             }
+            if ready.has_memory && self.guest.has_memory() {
+                self.answer_resizing(Ok(Answer::Done))?;
+            }
             if ready.has_request
                 && let Some(reason) = self.take_request()?
             {
@@ -206,10 +228,13 @@ impl<G: Guest> Control<'_, G> {
     }
 
     fn wait(&self) -> Result<Ready, Errno> {
+        let end = self.guest.end_fd();
         let mut fds = [
             PollFd::from_borrowed_fd(self.channel.as_fd(), PollFlags::IN | PollFlags::RDHUP),
             PollFd::from_borrowed_fd(self.vsock.events_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.guest.end_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(end, PollFlags::IN),
+            // A second look at the end, if there is nothing else to look at.
+            PollFd::from_borrowed_fd(self.guest.memory_fd().unwrap_or(end), PollFlags::IN),
         ];
         loop {
             match poll(&mut fds, None) {
@@ -218,13 +243,14 @@ impl<G: Guest> Control<'_, G> {
                 Err(errno) => return Err(errno),
             }
         }
-        let [channel, vsock, guest] = fds.map(|fd| fd.revents());
+        let [channel, vsock, guest, memory] = fds.map(|fd| fd.revents());
         let gone = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR | PollFlags::NVAL;
         Ok(Ready {
             is_hung_up: channel.intersects(gone),
             has_request: channel.contains(PollFlags::IN),
             has_vsock_event: vsock.contains(PollFlags::IN),
             has_ended: guest.contains(PollFlags::IN),
+            has_memory: memory.contains(PollFlags::IN),
         })
     }
 
@@ -267,6 +293,10 @@ impl<G: Guest> Control<'_, G> {
             Call::PlugDisk(PlugDisk { slot, disk }) => {
                 self.guest.plug_disk(slot, disk.zip(descriptors.next()))
             }
+            Call::ResizeMemory(ResizeMemory { memory_mib }) => {
+                self.resize_memory(id, memory_mib)?;
+                return Ok(None);
+            }
             Call::Metrics => {
                 let metrics = self.metrics();
                 self.reply(id, Ok(Answer::Metrics(metrics)))?;
@@ -286,6 +316,29 @@ impl<G: Guest> Control<'_, G> {
         let result = done.map(|()| Answer::Done);
         self.reply(id, result.map_err(|error| failure(&describe_short(&error))))?;
         Ok(None)
+    }
+
+    /// Has the guest's memory resized. The answer is sent when it has as much.
+    fn resize_memory(&mut self, id: u64, memory_mib: u32) -> Result<(), HungUp> {
+        match self.guest.resize_memory(memory_mib) {
+            Ok(has_it) => {
+                self.answer_resizing(Err(failure("another size was asked for meanwhile")))?;
+                self.resizing = Some(id);
+                match has_it {
+                    true => self.answer_resizing(Ok(Answer::Done)),
+                    false => Ok(()),
+                }
+            }
+            // What was asked for before stands.
+            Err(error) => self.reply(id, Err(failure(&describe_short(&error)))),
+        }
+    }
+
+    fn answer_resizing(&mut self, result: Result<Answer, Failure>) -> Result<(), HungUp> {
+        match self.resizing.take() {
+            Some(id) => self.reply(id, result),
+            None => Ok(()),
+        }
     }
 
     /// Asks the vsock device for a connection. The answer is sent when the guest's is there.
@@ -362,7 +415,7 @@ impl<G: Guest> Control<'_, G> {
         self.guest.shut_down();
         self.pass_on_vsock_events()?;
         let unanswered: Vec<_> = self.streams.drain().filter_map(|(_, id)| id).collect();
-        for id in unanswered {
+        for id in unanswered.into_iter().chain(self.resizing.take()) {
             self.reply(id, Err(failure("the virtual machine has ended")))?;
         }
         report_exit(self.channel, reason.clone()).map_err(|_| HungUp)?;

@@ -7,8 +7,9 @@
 use std::sync::Arc;
 
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestRam;
 
 /// The identity of a device: what the transport answers the driver with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +51,10 @@ pub trait Device: Send {
         data.fill(0);
     }
 
+    /// Is given, before anything else, what a device needs whose config space changes while it is
+    /// there.
+    fn take_config_space(&mut self, _config: ConfigSpace) {}
+
     /// Serves the queues until `activation.stop` is readable, on a thread of its own. After it
     /// returns the device is as new: a driver that resets may start it again.
     ///
@@ -62,7 +67,7 @@ pub trait Device: Send {
 /// What a device needs to run.
 pub struct Activation {
     /// All of the guest's memory.
-    pub memory: Arc<GuestMemoryMmap>,
+    pub memory: Arc<GuestRam>,
     /// Ready queues, as many as the profile says; a queue that the driver left disabled is `None`.
     pub queues: Vec<Option<ReadyQueue>>,
     /// The features that driver and device agreed on.
@@ -98,6 +103,38 @@ impl Interrupt {
     /// Tells the driver that a queue has used buffers (virtio 1.2, 4.2.2: `InterruptStatus` bit 0).
     pub fn signal_used(&self) {
         (self.line)();
+    }
+}
+
+/// A device's way to change its config space while a driver may look at it.
+#[derive(Clone)]
+pub struct ConfigSpace {
+    show: Arc<Show>,
+}
+
+type Show = dyn Fn(&[u8], News) + Send + Sync;
+
+/// Whether a driver is told of a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum News {
+    /// It is: a configuration change notification (virtio 1.2, 2.3).
+    Told,
+    /// It isn't, as it knows: the change follows from what it has asked for.
+    Known,
+}
+
+impl ConfigSpace {
+    /// One that calls `show`, which writes the bytes where the driver reads them.
+    pub fn new(show: impl Fn(&[u8], News) + Send + Sync + 'static) -> Self {
+        Self {
+            show: Arc::new(show),
+        }
+    }
+
+    /// Shows other bytes from the start on. What lies behind them stays. Calls must not overlap: the
+    /// last one is what the driver sees.
+    pub fn show(&self, config: &[u8], news: News) {
+        (self.show)(config, news);
     }
 }
 

@@ -6,7 +6,7 @@
 //! | 960 KiB | 1 MiB | MP table, where the kernel looks for one; not offered as RAM |
 //! | 1 MiB | 3 GiB at most | RAM: kernel, initrd at the end |
 //! | 3 GiB | 4 GiB | no RAM: device registers, interrupt controllers, KVM's own pages |
-//! | 4 GiB | | the rest of the RAM |
+//! | 4 GiB | | the rest of the RAM; behind it what RAM may grow into |
 
 /// Smallest unit of everything here.
 pub(crate) const PAGE_BYTES: u64 = 4096;

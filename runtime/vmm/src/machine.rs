@@ -36,6 +36,7 @@ use crate::layout::MMIO_BYTES;
 use crate::layout::MMIO_GPA;
 use crate::layout::TSS_GPA;
 use crate::layout::irq_of;
+use crate::memory::Growth;
 use crate::memory::Memory;
 use crate::memory::MemoryError;
 use crate::memory::ReadOnlyPages;
@@ -60,6 +61,8 @@ pub struct Config {
     pub vcpus: u8,
     /// Guest memory in bytes, a multiple of the page size.
     pub memory_bytes: u64,
+    /// Most memory it may be given while it runs; no more than the above: none.
+    pub memory_bytes_max: u64,
     /// The guest's kernel, an ELF executable.
     pub kernel: File,
     /// The guest's first file system, a cpio archive.
@@ -161,8 +164,8 @@ pub struct Machine {
     bus: Arc<Bus>,
     end: Arc<End>,
     exits: Arc<ExitCounters>,
-    _vm: VmFd,
-    _memory: Memory,
+    vm: VmFd,
+    memory: Memory,
 }
 
 impl Blueprint {
@@ -180,7 +183,10 @@ impl Blueprint {
         }
         let command_line = boot::device_command_line(config.devices.len(), &config.cmdline_extra);
         let kvm = kvm::open(config.kvm)?;
-        let memory = Memory::map(config.memory_bytes)?;
+        let memory = Memory::map_to_grow(
+            config.memory_bytes,
+            Growth::of(config.memory_bytes, config.memory_bytes_max),
+        )?;
         let vm = create_vm(&kvm)?;
         memory.register(&vm)?;
         let kvm_us = monotonic_us();
@@ -231,8 +237,8 @@ impl Blueprint {
             bus: self.bus,
             end: self.end,
             exits: Arc::default(),
-            _vm: self.vm,
-            _memory: self.memory,
+            vm: self.vm,
+            memory: self.memory,
         };
         for seat in self.seats {
             let name = seat.name();
@@ -299,6 +305,15 @@ impl Machine {
             Some(mut device) => device.appear_as(looks),
             None => Ok(()),
         }
+    }
+
+    /// Lets the guest reach `bytes` bytes more than it booted with, if it can't yet. Answers with the
+    /// bytes that it can reach. They are nothing to it until a device offers them.
+    ///
+    /// # Errors
+    /// The machine was not made to have as many, or the host does not provide them.
+    pub fn give_memory(&self, bytes: u64) -> Result<u64, MemoryError> {
+        self.memory.give(&self.vm, bytes)
     }
 
     /// Ends all threads: first the virtual CPUs, then the devices, which pass on what they hold.

@@ -137,6 +137,7 @@ fn config(kvm: OwnedFd, code: &[u8]) -> Config {
     Config {
         vcpus: 1,
         memory_bytes: MEMORY_BYTES,
+        memory_bytes_max: 0,
         kernel: kernel(code),
         initrd: file_of(b"initrd"),
         cmdline_extra: String::new(),

@@ -60,6 +60,8 @@ pub enum Call {
     /// what the guest may do to it. What was there before must have been pulled out by a parent who had
     /// the guest let go of it.
     PlugDisk(PlugDisk),
+    /// Has the guest take more memory, or give some back: see [`ResizeMemory`].
+    ResizeMemory(ResizeMemory),
     /// Ends the virtual machine at once, whatever the guest does.
     Stop,
     /// Asks for the counters of the machine.
@@ -74,6 +76,10 @@ pub struct BootConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, [`MEMORY_MIB_MIN`] to [`MEMORY_MIB_MAX`].
     pub memory_mib: u32,
+    /// Most memory that it may be given by [`Call::ResizeMemory`], in MiB, no more than
+    /// [`MEMORY_MIB_MAX`]. If that is not more than it has, it never has more.
+    #[serde(default)]
+    pub memory_max_mib: u32,
     /// Added to the kernel's command line, which is otherwise the VMM's own.
     #[serde(default)]
     pub cmdline_extra: String,
@@ -121,6 +127,16 @@ pub const VCPUS_MAX: u8 = 64;
 pub const MEMORY_MIB_MIN: u32 = 64;
 /// Most guest memory in MiB.
 pub const MEMORY_MIB_MAX: u32 = 1024 * 1024;
+
+/// The memory that a guest is to have. Answered once it has at least as much: at once if it is to give
+/// some back, which it does in its own time and as far as it can. A further call takes the place of
+/// one that is not answered yet, which fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeMemory {
+    /// In all, in MiB. Less than it booted with is as much as that.
+    pub memory_mib: u32,
+}
 
 /// A network device, and whether a tap comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -307,6 +323,8 @@ pub struct Metrics {
     pub vsock_connections: u64,
     /// vsock connections open now.
     pub vsock_open: u64,
+    /// Memory in bytes that the guest has beyond what it booted with.
+    pub memory_plugged_bytes: u64,
     /// FUSE requests served.
     pub fs_requests: u64,
     /// Bytes read from the share by the guest.

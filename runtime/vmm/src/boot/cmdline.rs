@@ -16,10 +16,13 @@ use crate::layout::irq_of;
 ///   would make interfaces by themselves make none;
 /// * variables of each CPU are in pages of their own: in a huge page, as the kernel would have it, all
 ///   but a tenth of 2 MiB would be cleared, then given back;
+/// * memory that comes while it runs is used at once, three quarters of all for what can be moved, so that
+///   it can be given back;
 /// * cgroup v1 is not there at all.
 const BASE: &str = "console=hvc0 quiet loglevel=4 panic=-1 reboot=k tsc=reliable \
                     rcupdate.rcu_expedited=1 swiotlb=noforce dummy.numdummies=0 ifb.numifbs=0 \
-                    percpu_alloc=page cgroup_no_v1=all";
+                    percpu_alloc=page memhp_default_state=online \
+                    memory_hotplug.online_policy=auto-movable cgroup_no_v1=all";
 
 /// The command line of a machine with `devices` devices, whose registers and lines follow one
 /// another as [`crate::layout`] says.

@@ -6,6 +6,7 @@ fn config() -> BootConfig {
     BootConfig {
         vcpus: 1,
         memory_mib: 128,
+        memory_max_mib: 256,
         cmdline_extra: "quiet".to_owned(),
         shared_dir: "/srv".to_owned(),
         cgroup_dir: String::new(),
@@ -42,6 +43,7 @@ fn numbers_outside_the_limits_are_refused() {
     assert!(refusal(|c| c.vcpus = VCPUS_MAX + 1).contains("virtual CPUs"));
     assert!(refusal(|c| c.memory_mib = MEMORY_MIB_MIN - 1).contains("MiB"));
     assert!(refusal(|c| c.memory_mib = MEMORY_MIB_MAX + 1).contains("MiB"));
+    assert!(refusal(|c| c.memory_max_mib = MEMORY_MIB_MAX + 1).contains("MiB"));
     assert!(refusal(|c| c.disks = DISKS_MAX + 1).contains("17 slots for disks"));
 }
 

@@ -20,7 +20,11 @@ struct FakeGuest {
     end: Arc<OwnedFd>,
     reason: Arc<Mutex<Option<ExitReason>>>,
     refuses: bool,
+    memory: Arc<EventFd>,
 }
+
+/// What the machine has already.
+const ENOUGH_MIB: u32 = 256;
 
 impl FakeGuest {
     fn note(&self, what: &'static str) -> Result<(), Refused> {
@@ -59,6 +63,19 @@ impl Guest for FakeGuest {
         })
     }
 
+    fn resize_memory(&mut self, memory_mib: u32) -> Result<bool, Refused> {
+        self.note("resize")?;
+        Ok(memory_mib < ENOUGH_MIB)
+    }
+
+    fn memory_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(crate::devices::fd::borrow(&self.memory))
+    }
+
+    fn has_memory(&mut self) -> bool {
+        self.memory.read().is_ok()
+    }
+
     fn shut_down(&mut self) {
         self.asked.lock().unwrap().push("shut down");
     }
@@ -85,6 +102,7 @@ struct Parent {
     asked: Arc<Mutex<Vec<&'static str>>>,
     end: Arc<OwnedFd>,
     reason: Arc<Mutex<Option<ExitReason>>>,
+    memory: Arc<EventFd>,
     served: JoinHandle<Outcome>,
     next_id: u64,
 }
@@ -104,11 +122,13 @@ impl Parent {
                 .unwrap(),
         );
         let reason = Arc::new(Mutex::new(None));
+        let memory = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
         let mut guest = FakeGuest {
             asked: Arc::clone(&asked),
             end: Arc::clone(&end),
             reason: Arc::clone(&reason),
             refuses,
+            memory: Arc::clone(&memory),
         };
         let served = thread::spawn(move || {
             let (agent, _keep) = UnixStream::pair().unwrap();
@@ -120,6 +140,7 @@ impl Parent {
             asked,
             end,
             reason,
+            memory,
             served,
             next_id: 0,
         }
@@ -202,7 +223,11 @@ fn a_disk_comes_with_its_file_only() {
 fn every_pair_of_state_and_call_is_decided() {
     use State::{Built, Paused, Running};
     let connect = || Call::Connect(connect(1));
-    let table: [(State, Call, Option<State>); 18] = [
+    let resize = || Call::ResizeMemory(ResizeMemory { memory_mib: 1 });
+    let table: [(State, Call, Option<State>); 21] = [
+        (Built, resize(), None),
+        (Running, resize(), Some(Running)),
+        (Paused, resize(), Some(Paused)),
         (Built, Call::Start, Some(Running)),
         (Built, connect(), None),
         (Built, Call::Pause, None),
@@ -225,6 +250,62 @@ fn every_pair_of_state_and_call_is_decided() {
     for (state, call, after) in table {
         assert_eq!(state.after(&call).ok(), after, "{state:?} {call:?}");
     }
+}
+
+/// Sends a request to resize the memory, and waits for no answer.
+fn resize(parent: &Parent, id: u64, memory_mib: u32) {
+    let call = Call::ResizeMemory(ResizeMemory { memory_mib });
+    parent.channel.send(&Request { id, call }, &[]).unwrap();
+}
+
+fn reply(parent: &Parent) -> (u64, Result<Answer, String>) {
+    match parent.next() {
+        Message::Reply { id, result } => (id, result.map_err(|failure| failure.text)),
+        other => panic!("no reply but {other:?}"),
+    }
+}
+
+#[test]
+fn memory_is_answered_for_once_the_guest_has_it() {
+    let mut parent = Parent::new();
+    parent.ask(Call::Start, &[]).unwrap();
+
+    resize(&parent, 70, ENOUGH_MIB);
+    // An answer in between shows that the first is not there yet.
+    parent.ask(Call::Metrics, &[]).unwrap();
+    parent.memory.write(1).unwrap();
+    assert_eq!(reply(&parent), (70, Ok(Answer::Done)));
+
+    resize(&parent, 71, ENOUGH_MIB - 1);
+    assert_eq!(reply(&parent), (71, Ok(Answer::Done)));
+    // Nobody waits for it any more.
+    parent.memory.write(1).unwrap();
+    parent.ask(Call::Metrics, &[]).unwrap();
+}
+
+#[test]
+fn memory_that_is_awaited_gives_way_to_a_further_call_and_to_the_end() {
+    let mut parent = Parent::new();
+    parent.ask(Call::Start, &[]).unwrap();
+
+    resize(&parent, 70, ENOUGH_MIB);
+    resize(&parent, 71, ENOUGH_MIB);
+    let (id, result) = reply(&parent);
+    assert!(id == 70 && result.unwrap_err().contains("another size"));
+    *parent.reason.lock().unwrap() = Some(ExitReason::Reset);
+    rustix::io::write(&parent.end, &1_u64.to_ne_bytes()).unwrap();
+    let (id, result) = reply(&parent);
+    assert!(id == 71 && result.unwrap_err().contains("has ended"));
+    assert_eq!(parent.exit(), ExitReason::Reset);
+}
+
+#[test]
+fn memory_that_can_not_be_had_is_refused() {
+    let mut parent = Parent::of(true);
+    // The machine does not start either, which leaves it as it was.
+    let call = Call::ResizeMemory(ResizeMemory { memory_mib: 1 });
+    let refused = parent.ask(call, &[]).unwrap_err();
+    assert!(refused.contains("not started"), "{refused}");
 }
 
 #[test]

@@ -10,10 +10,11 @@ use std::io::Write;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, WriteVolatile};
+use vm_memory::{GuestMemoryBackend, WriteVolatile};
 
 use super::simple::SimpleQueue;
 use crate::device::{Activation, Device, DeviceError, Profile};
+use crate::memory::GuestRam;
 
 const NAME: &str = "console";
 
@@ -49,7 +50,7 @@ impl ConsoleDevice {
     }
 
     /// Writes what one request prints, as far as it lies in guest memory.
-    fn print(&mut self, chain: DescriptorChain<&GuestMemoryMmap>, memory: &GuestMemoryMmap) {
+    fn print(&mut self, chain: DescriptorChain<&GuestRam>, memory: &GuestRam) {
         let mut request = REQUEST_BYTES_MAX;
         for descriptor in chain.readable() {
             let bytes = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);

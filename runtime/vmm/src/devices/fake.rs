@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::{Activation, Device, Interrupt, ReadyQueue};
+use crate::memory::GuestRam;
 use crate::seccomp::{Filters, ThreadKind};
 
 /// Descriptors of a queue.
@@ -20,7 +21,7 @@ const NO_NOTIFY: u16 = 1;
 
 /// The driver's side of a split virtqueue (virtio 1.2, 2.7).
 pub(crate) struct FakeQueue {
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestRam>,
     base: u64,
     next_descriptor: u16,
     next_avail: u16,
@@ -38,7 +39,7 @@ impl FakeQueue {
     /// Guest memory that a queue takes.
     pub(crate) const BYTES: u64 = 0x3000;
 
-    pub(crate) fn new(memory: &Arc<GuestMemoryMmap>, base: u64) -> Self {
+    pub(crate) fn new(memory: &Arc<GuestRam>, base: u64) -> Self {
         Self {
             memory: Arc::clone(memory),
             base,
@@ -154,9 +155,11 @@ impl FakeQueue {
 
 /// A driver of a device that answers requests on one queue.
 pub(crate) struct Driver {
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestRam>,
     index: usize,
     queue: FakeQueue,
+    /// What was available in earlier runs.
+    answered: u16,
 }
 
 impl Driver {
@@ -167,13 +170,20 @@ impl Driver {
 
     /// A driver that uses only the queue `index`.
     pub(crate) fn new(index: usize) -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+        Self::with_more(index, &[])
+    }
+
+    /// The same, where there is more memory, at these places.
+    pub(crate) fn with_more(index: usize, more: &[(GuestAddress, usize)]) -> Self {
+        let ranges = [&[(GuestAddress(0), 0x10_0000)], more].concat();
+        let memory = crate::memory::from_ranges(&ranges);
         let memory = Arc::new(memory);
         let queue = FakeQueue::new(&memory, 0);
         Self {
             memory,
             index,
             queue,
+            answered: 0,
         }
     }
 
@@ -202,7 +212,11 @@ impl Driver {
     /// after the queue was looked at, so nothing has to be waited for. Returns what it has used.
     pub(crate) fn run(&mut self, device: &mut impl Device) -> Vec<(u16, u32)> {
         let mut queues: Vec<_> = device.profile().queue_sizes.iter().map(|_| None).collect();
-        queues[self.index] = Some(self.queue.ready());
+        let mut ready = self.queue.ready();
+        ready.queue.set_next_avail(self.answered);
+        ready.queue.set_next_used(self.queue.next_used);
+        self.answered = self.queue.next_avail;
+        queues[self.index] = Some(ready);
         let stop = EventFd::new(EFD_NONBLOCK).unwrap();
         stop.write(1).unwrap();
         let activation = Activation {

@@ -6,6 +6,7 @@ pub mod console;
 pub(crate) mod fake;
 pub(crate) mod fd;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod rng;
 mod simple;

@@ -9,10 +9,11 @@ use std::io;
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::simple::SimpleQueue;
 use crate::device::{Activation, Device, DeviceError, Profile};
+use crate::memory::GuestRam;
 
 const NAME: &str = "rng";
 
@@ -46,10 +47,7 @@ impl Device for RngDevice {
 }
 
 /// Fills the buffers of one request. Returns the bytes written.
-fn answer(
-    chain: DescriptorChain<&GuestMemoryMmap>,
-    memory: &GuestMemoryMmap,
-) -> Result<usize, DeviceError> {
+fn answer(chain: DescriptorChain<&GuestRam>, memory: &GuestRam) -> Result<usize, DeviceError> {
     let mut done = 0_usize;
     for descriptor in chain.writable() {
         let bytes = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
@@ -66,7 +64,7 @@ fn answer(
 }
 
 /// Writes random bytes from `start` on, as far as there is memory.
-fn fill(memory: &GuestMemoryMmap, start: GuestAddress, bytes: usize) -> Result<usize, DeviceError> {
+fn fill(memory: &GuestRam, start: GuestAddress, bytes: usize) -> Result<usize, DeviceError> {
     let mut piece = [0_u8; PIECE_BYTES];
     let mut done = 0_usize;
     while done < bytes {

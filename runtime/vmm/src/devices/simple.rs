@@ -3,11 +3,11 @@
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::fd::borrow;
 use crate::device::{DeviceError, ReadyQueue};
+use crate::memory::GuestRam;
 
 /// A queue whose requests are answered one by one.
 pub(super) struct SimpleQueue<'m> {
@@ -15,7 +15,7 @@ pub(super) struct SimpleQueue<'m> {
     index: usize,
     /// `None` if the driver has left it disabled.
     ready: Option<ReadyQueue>,
-    memory: &'m GuestMemoryMmap,
+    memory: &'m GuestRam,
 }
 
 impl<'m> SimpleQueue<'m> {
@@ -23,7 +23,7 @@ impl<'m> SimpleQueue<'m> {
         device: &'static str,
         index: usize,
         ready: Option<ReadyQueue>,
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestRam,
     ) -> Self {
         Self {
             device,
@@ -38,8 +38,8 @@ impl<'m> SimpleQueue<'m> {
         &mut self,
         stop: &EventFd,
         mut answer: impl FnMut(
-            DescriptorChain<&'m GuestMemoryMmap>,
-            &'m GuestMemoryMmap,
+            DescriptorChain<&'m GuestRam>,
+            &'m GuestRam,
         ) -> Result<usize, DeviceError>,
     ) -> Result<(), DeviceError> {
         // The driver may have kicked before this thread existed, so look before waiting.
@@ -55,8 +55,8 @@ impl<'m> SimpleQueue<'m> {
     fn answer_all(
         &mut self,
         mut answer: impl FnMut(
-            DescriptorChain<&'m GuestMemoryMmap>,
-            &'m GuestMemoryMmap,
+            DescriptorChain<&'m GuestRam>,
+            &'m GuestRam,
         ) -> Result<usize, DeviceError>,
     ) -> Result<(), DeviceError> {
         let broken = |source| DeviceError::Queue {

@@ -7,7 +7,7 @@ use seccompiler::{
     BackendError, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition as Condition,
     SeccompRule,
 };
-use vmm_sys_util::ioctl::{_IOC_NONE, ioctl_expr};
+use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_WRITE, ioctl_expr};
 
 use super::ThreadKind;
 
@@ -131,6 +131,12 @@ const FILE_IDENTITY: &[c_long] = &[
 /// Linux uapi, kvm.h: the type byte of KVM's requests.
 const KVMIO: u32 = 0xae;
 
+/// Requests on a machine that runs.
+const MACHINE_REQUESTS: &[libc::c_ulong] = &[
+    // KVM_SET_USER_MEMORY_REGION, as the guest's memory grows
+    ioctl_expr(_IOC_WRITE, KVMIO, 0x46, 32),
+];
+
 /// Requests that do work on a virtual CPU that runs.
 const VCPU_REQUESTS: &[libc::c_ulong] = &[
     // KVM_RUN
@@ -165,6 +171,7 @@ pub(super) fn of(kind: ThreadKind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>,
             rules.allow(MESSAGES);
             // Whether a descriptor that came is a tap.
             rules.allow_requests(TAP_REQUESTS)?;
+            rules.allow_requests(MACHINE_REQUESTS)?;
         }
         ThreadKind::Vcpu => {
             rules.allow_requests(VCPU_REQUESTS)?;

@@ -160,6 +160,7 @@ fn memory_is_never_executable() {
 fn ioctl_is_limited_to_what_a_thread_does() {
     const KVM_RUN: c_long = 0xae80;
     const KVM_CREATE_VM: c_long = 0xae01;
+    const KVM_SET_USER_MEMORY_REGION: c_long = 0x4020_ae46;
     const TUNSETOFFLOAD: c_long = 0x4004_54d0;
     const TUNSETIFF: c_long = 0x4004_54ca;
     const TIOCSTI: c_long = 0x5412;
@@ -178,6 +179,11 @@ fn ioctl_is_limited_to_what_a_thread_does() {
     assert_eq!(request(ThreadKind::Net, TUNSETOFFLOAD), End::Returned);
     assert_eq!(request(ThreadKind::Net, TUNSETIFF), KILLED);
     assert_eq!(request(ThreadKind::Device, TUNSETOFFLOAD), KILLED);
+    for kind in ThreadKind::ALL {
+        let end = request(kind, KVM_SET_USER_MEMORY_REGION);
+        let is_allowed = kind == ThreadKind::Control;
+        assert_eq!(end == End::Returned, is_allowed, "{kind:?}");
+    }
     for kind in ThreadKind::ALL {
         assert_eq!(request(kind, TIOCSTI), KILLED, "{kind:?}");
     }

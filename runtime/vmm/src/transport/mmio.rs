@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::page::RegisterPage;
@@ -29,6 +28,7 @@ use crate::device::Profile;
 use crate::device::StillDriven;
 use crate::last_words;
 use crate::layout::MMIO_BYTES;
+use crate::memory::GuestRam;
 
 /// Refused writes that are logged, for each device.
 const REFUSALS_LOGGED_MAX: u32 = 8;
@@ -43,7 +43,7 @@ pub(crate) struct Mmio {
     /// Offered, `VIRTIO_F_VERSION_1` included.
     features: u64,
     page: RegisterPage,
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestRam>,
     worker: Worker,
     refusals: u32,
     driver: Driver,
@@ -90,7 +90,7 @@ impl Mmio {
     /// The registers for a device, and the seat of its thread.
     pub(crate) fn new(
         device: Box<dyn Device>,
-        memory: Arc<GuestMemoryMmap>,
+        memory: Arc<GuestRam>,
         page: RegisterPage,
     ) -> io::Result<(Self, Seat)> {
         let profile = device.profile();
@@ -149,7 +149,7 @@ impl Mmio {
         self.show();
     }
 
-    /// Shows what never changes. The configuration does not, so its generation stays zero.
+    /// Shows what never changes.
     fn show_constants(&self) {
         for (register, value) in [
             (reg::MAGIC, reg::MAGIC_VALUE),

@@ -4,7 +4,8 @@ use virtio_queue::Queue;
 use virtio_queue::QueueT;
 use vm_memory::Address;
 use vm_memory::GuestAddress;
-use vm_memory::GuestMemoryMmap;
+
+use crate::memory::GuestRam;
 
 /// The numbers of one queue. Any of them may be wrong.
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +44,7 @@ impl QueueSetup {
     /// The queue, if all numbers are right. `None` if the driver has left it disabled.
     pub(super) fn check(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
         has_event_index: bool,
     ) -> Result<Option<Queue>, QueueError> {
         if !self.is_ready {

@@ -27,6 +27,7 @@ pub(super) const SHM_LEN_LOW: u64 = 0x0b0;
 pub(super) const SHM_LEN_HIGH: u64 = 0x0b4;
 pub(super) const SHM_BASE_LOW: u64 = 0x0b8;
 pub(super) const SHM_BASE_HIGH: u64 = 0x0bc;
+pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
 /// The device's own configuration begins here.
 pub(super) const CONFIG: u64 = 0x100;
 

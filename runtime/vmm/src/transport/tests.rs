@@ -1,6 +1,7 @@
 //! A driver that writes registers, and a device that reports what it is given.
 
 use std::sync::Arc;
+use std::sync::OnceLock;
 use std::sync::mpsc;
 use std::thread;
 use std::thread::JoinHandle;
@@ -21,9 +22,11 @@ use super::status::FAILED;
 use super::status::FEATURES_OK;
 use super::status::NEEDS_RESET;
 use crate::device::Activation;
+use crate::device::ConfigSpace;
 use crate::device::Device;
 use crate::device::DeviceError;
 use crate::device::Looks;
+use crate::device::News;
 use crate::device::Profile;
 use crate::device::StillDriven;
 use crate::devices::fd::borrow;
@@ -63,6 +66,7 @@ enum Seen {
 struct FakeDevice {
     manner: Manner,
     seen: mpsc::Sender<Seen>,
+    config: Arc<OnceLock<ConfigSpace>>,
 }
 
 impl Device for FakeDevice {
@@ -79,6 +83,10 @@ impl Device for FakeDevice {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         assert_eq!(offset, 0);
         data[..4].copy_from_slice(&[1, 2, 3, 4]);
+    }
+
+    fn take_config_space(&mut self, config: ConfigSpace) {
+        assert!(self.config.set(config).is_ok());
     }
 
     fn run(&mut self, activation: Activation) -> Result<(), DeviceError> {
@@ -124,6 +132,7 @@ impl Device for FakeDevice {
 struct Rig {
     mmio: Mmio,
     page: RegisterPage,
+    config: Arc<OnceLock<ConfigSpace>>,
     seen: mpsc::Receiver<Seen>,
     thread: Option<JoinHandle<()>>,
 }
@@ -132,9 +141,11 @@ impl Rig {
     fn new(manner: Manner) -> Self {
         let memory = Memory::map(MEMORY_BYTES).unwrap();
         let (sender, seen) = mpsc::channel();
+        let config = Arc::default();
         let device = FakeDevice {
             manner,
             seen: sender,
+            config: Arc::clone(&config),
         };
         let page = RegisterPage::new(Arc::new(ReadOnlyPages::map(1).unwrap()), 0);
         let (mmio, seat) = Mmio::new(Box::new(device), memory.shared(), page.clone()).unwrap();
@@ -142,6 +153,7 @@ impl Rig {
         Self {
             mmio,
             page,
+            config,
             seen,
             thread,
         }
@@ -452,6 +464,40 @@ fn the_configuration_is_read_in_any_width() {
     assert_eq!(byte, [2]);
     assert_eq!(word, [1, 2, 3, 4, 0, 0, 0, 0]);
     assert_eq!(beyond, [0; 8]);
+}
+
+#[test]
+fn a_change_of_the_configuration_is_told_until_it_is_acknowledged() {
+    let mut rig = Rig::new(Manner::ServeUntilStopped);
+    rig.go_live();
+    let config = rig.config.get().unwrap().clone();
+    let generation = rig.read(reg::CONFIG_GENERATION);
+
+    config.show(&[9, 8, 7, 6], News::Told);
+
+    rig.await_line();
+    assert_eq!(rig.read(reg::CONFIG), 0x0607_0809);
+    assert_ne!(rig.read(reg::CONFIG_GENERATION), generation);
+    assert_eq!(rig.read(reg::INTERRUPT_STATUS), USED_AND_CONFIG);
+    rig.write(reg::INTERRUPT_ACK, USED_AND_CONFIG);
+    assert_eq!(rig.read(reg::INTERRUPT_STATUS), reg::INTERRUPT_USED);
+    assert_eq!(rig.read(reg::CONFIG), 0x0607_0809);
+}
+
+#[test]
+fn a_change_that_the_driver_knows_of_is_shown_and_not_told() {
+    let mut rig = Rig::new(Manner::ServeUntilStopped);
+    rig.go_live();
+    let config = rig.config.get().unwrap().clone();
+    let generation = rig.read(reg::CONFIG_GENERATION);
+
+    config.show(&[9], News::Known);
+
+    assert_eq!(rig.read(reg::CONFIG), 0x0403_0209);
+    assert_ne!(rig.read(reg::CONFIG_GENERATION), generation);
+    assert_eq!(rig.read(reg::INTERRUPT_STATUS), reg::INTERRUPT_USED);
+    // It does not block: nothing was written.
+    assert!(rig.mmio.line().read().is_err());
 }
 
 #[test]

@@ -14,23 +14,27 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EFD_CLOEXEC;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::page::RegisterPage;
+use super::registers::CONFIG;
+use super::registers::CONFIG_GENERATION;
 use super::registers::INTERRUPT_CONFIG;
 use super::registers::INTERRUPT_STATUS;
 use super::registers::INTERRUPT_USED;
 use super::registers::STATUS;
 use super::status::NEEDS_RESET;
 use crate::device::Activation;
+use crate::device::ConfigSpace;
 use crate::device::Device;
 use crate::device::DeviceError;
 use crate::device::Interrupt;
+use crate::device::News;
 use crate::device::ReadyQueue;
 use crate::last_words;
+use crate::memory::GuestRam;
 
 /// How long a device may take to stop. It waits for no one but the host's files.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
@@ -53,6 +57,7 @@ struct Shown {
     driver_status: u32,
     needs_reset: bool,
     has_new_config: bool,
+    config_generation: u32,
 }
 
 impl Signals {
@@ -118,6 +123,27 @@ impl Signals {
         self.raise();
     }
 
+    /// Shows another configuration. A driver that reads it in more than one piece, and meets the
+    /// change, finds another generation than before and reads it anew (virtio 1.2, 4.2.2). Should
+    /// it have begun between the two writes of the generation, the news comes after all.
+    fn show_config(&self, config: &[u8], news: News) {
+        let mut shown = self.lock();
+        self.show_next_generation(&mut shown);
+        self.page.set_bytes(CONFIG, config);
+        self.show_next_generation(&mut shown);
+        if news == News::Told {
+            shown.has_new_config = true;
+            self.show(&shown);
+            drop(shown);
+            self.raise();
+        }
+    }
+
+    fn show_next_generation(&self, shown: &mut Shown) {
+        shown.config_generation = shown.config_generation.wrapping_add(1);
+        self.page.set(CONFIG_GENERATION, shown.config_generation);
+    }
+
     fn raise(&self) {
         // A counter that is full is an interrupt that KVM has not taken yet.
         let _ = self.line.write(1);
@@ -155,7 +181,7 @@ pub(crate) struct Worker {
 /// The thread's side.
 pub(crate) struct Seat {
     device: Box<dyn Device>,
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestRam>,
     signals: Arc<Signals>,
     kicks: Vec<EventFd>,
     stop: EventFd,
@@ -165,13 +191,17 @@ pub(crate) struct Seat {
 
 /// Both sides of a device's thread, which is yet to be started with [`Seat::serve`].
 pub(crate) fn employ(
-    device: Box<dyn Device>,
-    memory: Arc<GuestMemoryMmap>,
+    mut device: Box<dyn Device>,
+    memory: Arc<GuestRam>,
     page: RegisterPage,
 ) -> io::Result<(Worker, Seat)> {
     let profile = device.profile();
     let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
     let signals = Arc::new(Signals::new(page, event()?));
+    let shown = Arc::clone(&signals);
+    device.take_config_space(ConfigSpace::new(move |config, news| {
+        shown.show_config(config, news);
+    }));
     let kicks: Vec<_> = profile
         .queue_sizes
         .iter()

@@ -72,6 +72,7 @@ impl Parent {
         let config = BootConfig {
             vcpus: 1,
             memory_mib: 64,
+            memory_max_mib: 0,
             cmdline_extra: String::new(),
             shared_dir: share.path().to_str().unwrap().to_owned(),
             cgroup_dir: String::new(),

@@ -14,10 +14,11 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::disk::{Disk, PIECES_MAX, SERIAL_BYTES_MAX, Slice, Zero};
 use super::{REQUEST_BYTES_MAX, SECTOR_BYTES, ZERO_PARTS_MAX, ZERO_SECTORS_MAX};
+use crate::memory::GuestRam;
 
 /// `struct virtio_blk_req`, before its data: type, reserved, sector.
 const HEADER_BYTES: usize = 16;
@@ -49,8 +50,8 @@ impl From<io::Error> for Refusal {
 /// Carries out the request of a chain, on a disk that is pulled out if there is none. Returns the
 /// bytes written: none to a chain without a place for the status.
 pub(super) fn answer(
-    chain: DescriptorChain<&GuestMemoryMmap>,
-    memory: &GuestMemoryMmap,
+    chain: DescriptorChain<&GuestRam>,
+    memory: &GuestRam,
     disk: Option<&Disk>,
 ) -> usize {
     let mut request = Request::default();
@@ -84,11 +85,7 @@ struct Request<'m> {
 impl<'m> Request<'m> {
     /// Takes the buffers of a chain. Whether it is one that virtio 1.2, 2.7.4 allows, and lies in
     /// guest memory; one that does not may still have a place for its status.
-    fn collect(
-        &mut self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-        memory: &'m GuestMemoryMmap,
-    ) -> bool {
+    fn collect(&mut self, chain: DescriptorChain<&GuestRam>, memory: &'m GuestRam) -> bool {
         let mut is_whole = true;
         for descriptor in chain {
             let list = match descriptor.is_write_only() {
@@ -221,7 +218,7 @@ impl<'m> Pieces<'m> {
     /// Adds all of a buffer, or nothing.
     fn add(
         &mut self,
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestRam,
         start: vm_memory::GuestAddress,
         bytes: usize,
     ) -> Option<()> {

@@ -11,7 +11,9 @@ use std::ops::Deref;
 use husk_virtiofs::{ReplyWriter, RequestReader};
 use libc::iovec;
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryBackend;
+
+use crate::memory::GuestRam;
 
 /// Most ranges of one request: 1 MiB in pages with its headers, and twice as many again. A chain
 /// through an indirect table may be longer than any queue.
@@ -40,10 +42,10 @@ impl Buffers {
     pub(super) fn of<'m, M>(
         &'m mut self,
         chain: DescriptorChain<M>,
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestRam,
     ) -> Result<(RequestReader<'m>, ReplyWriter<'m>), Malformed>
     where
-        M: Deref<Target = GuestMemoryMmap>,
+        M: Deref<Target = GuestRam>,
     {
         self.readable.clear();
         self.writable.clear();

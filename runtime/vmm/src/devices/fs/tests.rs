@@ -10,12 +10,13 @@ use husk_virtiofs::{CachePolicy, Options};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use tempfile::TempDir;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::devices::fake::FakeQueue;
 use crate::devices::fd::borrow;
+use crate::memory::GuestRam;
 
 /// How long a reply may take, on a machine that is very busy.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -43,7 +44,7 @@ const ROOT: u64 = 1;
 
 /// A device at work, and its driver.
 struct Mounted {
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestRam>,
     urgent: FakeQueue,
     requests: Vec<FakeQueue>,
     stop: EventFd,
@@ -83,7 +84,7 @@ impl Mounted {
     }
 
     fn run(mut device: FsDevice, server: Arc<Server>, share: TempDir, queues: usize) -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+        let memory = crate::memory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]);
         let memory = Arc::new(memory);
         let urgent = FakeQueue::new(&memory, 0);
         let requests: Vec<_> = (1..=queues)

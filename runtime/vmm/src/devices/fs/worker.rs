@@ -9,13 +9,13 @@ use husk_virtiofs::{Server, Worker};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::Buffers;
 use super::{FsError, NAME};
 use crate::device::{DeviceError, ReadyQueue};
 use crate::devices::fd::borrow;
+use crate::memory::GuestRam;
 use crate::seccomp::{Filters, ThreadKind};
 
 /// Requests a worker answers before it looks whether it must stop.
@@ -26,7 +26,7 @@ const QUEUES_PER_WORKER_MAX: usize = 2;
 
 /// Queues to serve until told to stop.
 pub(super) struct Assignment {
-    pub(super) memory: Arc<GuestMemoryMmap>,
+    pub(super) memory: Arc<GuestRam>,
     /// With their index in the device; at most [`QUEUES_PER_WORKER_MAX`].
     pub(super) queues: Vec<(usize, ReadyQueue)>,
     pub(super) has_event_idx: bool,
@@ -154,7 +154,7 @@ impl Assignment {
 fn take_turn(
     index: usize,
     ready: &mut ReadyQueue,
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     server: &Server,
     worker: &mut Worker,
     buffers: &mut Buffers,

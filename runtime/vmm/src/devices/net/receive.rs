@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::{Used, give_back, wants_interrupt};
@@ -18,6 +18,7 @@ use super::{
     Counters, FRAME_BYTES_MAX, FRAMES_PER_TURN_MAX, HEADER_BYTES, Next, RECEIVE_QUEUE, broken,
 };
 use crate::device::{DeviceError, ReadyQueue};
+use crate::memory::GuestRam;
 
 /// Most pieces of one buffer. Linux makes them of one.
 const BUFFER_PIECES_MAX: usize = 64;
@@ -34,7 +35,7 @@ const COUNT_OFFSET: usize = 10;
 /// The queue of buffers for what the guest receives.
 pub(super) struct Receive<'m> {
     ready: ReadyQueue,
-    memory: &'m GuestMemoryMmap,
+    memory: &'m GuestRam,
     counters: &'m Counters,
     /// A frame may be spread over several buffers.
     is_mergeable: bool,
@@ -61,7 +62,7 @@ struct Buffer {
 impl<'m> Receive<'m> {
     pub(super) fn new(
         ready: ReadyQueue,
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestRam,
         is_mergeable: bool,
         counters: &'m Counters,
     ) -> Self {
@@ -187,7 +188,7 @@ impl<'m> Receive<'m> {
     }
 
     /// Adds a chain; `None` if it is none that can be written to.
-    fn take_buffer(&mut self, chain: DescriptorChain<&'m GuestMemoryMmap>) -> Option<()> {
+    fn take_buffer(&mut self, chain: DescriptorChain<&'m GuestRam>) -> Option<()> {
         let (head, first) = (chain.head_index(), self.pieces.len());
         let added = self.add_pieces(chain);
         let pieces = self.pieces.len().saturating_sub(first);
@@ -209,7 +210,7 @@ impl<'m> Receive<'m> {
     }
 
     /// Adds the pieces of a chain. Returns their bytes.
-    fn add_pieces(&mut self, chain: DescriptorChain<&'m GuestMemoryMmap>) -> Option<usize> {
+    fn add_pieces(&mut self, chain: DescriptorChain<&'m GuestRam>) -> Option<usize> {
         let memory = self.memory;
         let (mut bytes, mut pieces) = (0_usize, 0_usize);
         for descriptor in chain {

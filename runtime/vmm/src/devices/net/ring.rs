@@ -8,7 +8,9 @@
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Error, Queue, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use crate::memory::GuestRam;
 
 /// virtio 1.2, 2.7.6 and 2.7.8: `flags` and `idx` come before the ring.
 const RING_HEADER_BYTES: u64 = 4;
@@ -29,7 +31,7 @@ pub(super) struct Used {
 /// given back.
 pub(super) fn give_back(
     queue: &mut Queue,
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     chains: impl IntoIterator<Item = Used>,
 ) -> Result<(), Error> {
     let ring = GuestAddress(queue.used_ring());
@@ -61,7 +63,7 @@ pub(super) fn give_back(
 /// (virtio 1.2, 2.7.7).
 pub(super) fn wants_interrupt(
     queue: &Queue,
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     before: u16,
 ) -> Result<bool, Error> {
     let now = queue.next_used();

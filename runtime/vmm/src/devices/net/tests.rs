@@ -1,11 +1,12 @@
 //! The device with a fake driver, and a socket that keeps frames apart in place of the tap.
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 use crate::devices::fake::FakeQueue;
+use crate::memory::GuestRam;
 use crate::seccomp::{Filters, ThreadKind};
 
 /// Where buffers are.
@@ -15,7 +16,7 @@ const OUTSIDE: u64 = 0x1000_0000;
 const MEMORY_BYTES: usize = 0x80_0000;
 
 struct Bench {
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestRam>,
     receive: FakeQueue,
     transmit: FakeQueue,
     device: NetDevice,
@@ -26,7 +27,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+        let memory = crate::memory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]);
         let memory = Arc::new(memory);
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (tap, cable) =

@@ -3,7 +3,7 @@
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::{Used, give_back, wants_interrupt};
@@ -12,11 +12,12 @@ use super::{
     Counters, FRAME_BYTES_MAX, FRAMES_PER_TURN_MAX, HEADER_BYTES, Next, TRANSMIT_QUEUE, broken,
 };
 use crate::device::{DeviceError, ReadyQueue};
+use crate::memory::GuestRam;
 
 /// The queue of frames that the guest sends.
 pub(super) struct Transmit<'m> {
     ready: ReadyQueue,
-    memory: &'m GuestMemoryMmap,
+    memory: &'m GuestRam,
     counters: &'m Counters,
     /// Of the frame that is being sent.
     pieces: Vec<Slice<'m>>,
@@ -25,11 +26,7 @@ pub(super) struct Transmit<'m> {
 }
 
 impl<'m> Transmit<'m> {
-    pub(super) fn new(
-        ready: ReadyQueue,
-        memory: &'m GuestMemoryMmap,
-        counters: &'m Counters,
-    ) -> Self {
+    pub(super) fn new(ready: ReadyQueue, memory: &'m GuestRam, counters: &'m Counters) -> Self {
         Self {
             ready,
             memory,
@@ -76,7 +73,7 @@ impl<'m> Transmit<'m> {
     }
 
     /// Sends one frame. One that the tap does not take is lost, as on a cable.
-    fn send(&mut self, chain: DescriptorChain<&'m GuestMemoryMmap>, tap: Option<&Tap>) {
+    fn send(&mut self, chain: DescriptorChain<&'m GuestRam>, tap: Option<&Tap>) {
         let moved = match (self.collect(chain), tap) {
             (Some(()), Some(tap)) => tap.write(&self.pieces, &mut self.iovecs),
             _ => Moved::Refused,
@@ -88,7 +85,7 @@ impl<'m> Transmit<'m> {
     }
 
     /// The pieces of a frame; `None` if it is none.
-    fn collect(&mut self, chain: DescriptorChain<&'m GuestMemoryMmap>) -> Option<()> {
+    fn collect(&mut self, chain: DescriptorChain<&'m GuestRam>) -> Option<()> {
         self.pieces.clear();
         let mut left = FRAME_BYTES_MAX;
         for descriptor in chain.readable() {

@@ -9,13 +9,14 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::io::Slice;
 use super::packet::{HEADER_BYTES, Header};
 use crate::device::{Interrupt, ReadyQueue};
 use crate::devices::fd::borrow;
+use crate::memory::GuestRam;
 
 /// Most descriptors of a chain that are looked at. Linux needs one for the header and one per
 /// page fragment of a socket buffer, at most 45 of them (`CONFIG_MAX_SKB_FRAGS`).
@@ -54,7 +55,7 @@ pub(super) enum Filled {
 pub(super) struct PacketQueue<'m> {
     queue: Queue,
     kick: EventFd,
-    memory: &'m GuestMemoryMmap,
+    memory: &'m GuestRam,
     interrupt: Interrupt,
     has_used: bool,
 }
@@ -67,7 +68,7 @@ struct RxBuffer<'m> {
 }
 
 impl<'m> PacketQueue<'m> {
-    pub(super) fn new(ready: ReadyQueue, memory: &'m GuestMemoryMmap, has_event_idx: bool) -> Self {
+    pub(super) fn new(ready: ReadyQueue, memory: &'m GuestRam, has_event_idx: bool) -> Self {
         let mut queue = ready.queue;
         queue.set_event_idx(has_event_idx);
         Self {
@@ -217,7 +218,7 @@ impl<'m> PacketQueue<'m> {
         Ok(None)
     }
 
-    fn pop(&mut self) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, virtio_queue::Error> {
+    fn pop(&mut self) -> Result<Option<DescriptorChain<&'m GuestRam>>, virtio_queue::Error> {
         Ok(self.queue.iter(self.memory)?.next())
     }
 
@@ -241,8 +242,8 @@ enum Access {
 
 /// Takes a tx chain apart.
 fn parse<'m>(
-    chain: DescriptorChain<&'m GuestMemoryMmap>,
-    memory: &'m GuestMemoryMmap,
+    chain: DescriptorChain<&'m GuestRam>,
+    memory: &'m GuestRam,
 ) -> Result<Incoming<'m>, Malformed> {
     let (pieces, is_whole) = match gather(chain, memory, Access::DeviceReads) {
         Ok(pieces) => (pieces, true),
@@ -266,8 +267,8 @@ struct Incomplete<'m>(Vec<Slice<'m>>);
 
 /// The memory that a chain describes.
 fn gather<'m>(
-    chain: DescriptorChain<&'m GuestMemoryMmap>,
-    memory: &'m GuestMemoryMmap,
+    chain: DescriptorChain<&'m GuestRam>,
+    memory: &'m GuestRam,
     access: Access,
 ) -> Result<Vec<Slice<'m>>, Incomplete<'m>> {
     let mut pieces = Vec::with_capacity(2);

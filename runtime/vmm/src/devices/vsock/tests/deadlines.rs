@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::super::connection::Pumped;
 use super::super::handle::{Request, Shared};
@@ -55,7 +55,7 @@ fn bench() -> Bench {
 
 /// Lets the muxer send into `buffers` rx buffers. Returns how many packets it has sent.
 fn pump(bench: &mut Bench, buffers: u32) -> usize {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    let memory = crate::memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]);
     let memory = Arc::new(memory);
     let mut queue = FakeQueue::new(&memory, 0);
     for index in 0..buffers {

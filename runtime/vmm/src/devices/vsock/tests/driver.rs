@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use husk_vmm_control::{HOST_PORT_MIN, monotonic_us};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::super::packet::{HEADER_BYTES, Header, Op, TYPE_STREAM};
@@ -17,6 +17,7 @@ use super::super::*;
 use crate::device::{Activation, Device, DeviceError};
 use crate::devices::fake::FakeQueue;
 use crate::devices::fd::borrow;
+use crate::memory::GuestRam;
 use crate::seccomp::{Filters, ThreadKind};
 
 /// What the fake guest says of its receive buffers.
@@ -56,7 +57,7 @@ pub(super) struct Guest {
     pub(super) rx: FakeQueue,
     pub(super) tx: FakeQueue,
     events: VecDeque<VsockEvent>,
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestRam>,
     stop: EventFd,
     thread: Option<JoinHandle<(VsockDevice, Result<(), DeviceError>)>>,
 }
@@ -95,7 +96,7 @@ impl Guest {
         rx_buffers: u32,
         features: u64,
     ) -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+        let memory = crate::memory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]);
         let memory = Arc::new(memory);
         let mut rx = FakeQueue::new(&memory, RX_QUEUE);
         let mut tx = FakeQueue::new(&memory, TX_QUEUE);

@@ -7,24 +7,25 @@ use std::sync::Arc;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::super::io::{Endpoint, Slice};
 use super::super::packet::Op;
 use super::super::queues::{Filled, PacketQueue, total};
 use super::driver::packet;
 use crate::devices::fake::FakeQueue;
+use crate::memory::GuestRam;
 
 /// Where buffers are put: no test fills more than one page of each.
 const BUFFERS: u64 = 0x1_0000;
 
 struct Bench {
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestRam>,
     driver: FakeQueue,
 }
 
 fn bench(buffers: &[u32]) -> Bench {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    let memory = crate::memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]);
     let memory = Arc::new(memory);
     let mut driver = FakeQueue::new(&memory, 0);
     for (bytes, at) in buffers.iter().zip(0..) {
