@@ -148,6 +148,7 @@ impl PodMaker for Maker {
             install,
             vcpus: pod.vcpus,
             memory_mib: pod.memory_mib,
+            memory_growth: pod.memory_growth,
             cmdline_extra: settings.vm.cmdline_extra,
             hostname: first.spec.hostname().clone().unwrap_or_default(),
             netns: netns(&first.spec),

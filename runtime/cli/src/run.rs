@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use husk_sandbox::{
-    ContainerError, ContainerRequest, Drained, Install, ProcessIo, STATE_DIR_ROOT, Sandbox,
-    SandboxConfig, Settings, StartTimings, monotonic_us,
+    ContainerError, ContainerRequest, Drained, Install, MemoryGrowth, ProcessIo, STATE_DIR_ROOT,
+    Sandbox, SandboxConfig, Settings, StartTimings, monotonic_us,
 };
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
@@ -167,6 +167,8 @@ async fn run_sandbox(arguments: &Arguments) -> Result<u8> {
         install: Install::locate_with(&settings)?,
         vcpus: arguments.cpus.unwrap_or(settings.vm.vcpus),
         memory_mib: arguments.memory.unwrap_or(settings.vm.memory_mib),
+        // Nobody updates its container.
+        memory_growth: MemoryGrowth::default(),
         cmdline_extra: settings.vm.cmdline_extra,
         hostname: arguments.id(),
         netns: None,

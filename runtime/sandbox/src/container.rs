@@ -105,6 +105,7 @@ impl Sandbox {
         };
         if created.is_err() {
             self.take_back_disks(&id).await;
+            self.take_back_room(&id).await;
             self.containers().remove(&id);
         }
         created
@@ -119,6 +120,8 @@ impl Sandbox {
             io,
         } = request;
         let hooks = Lifecycle::of(&spec, &id, &bundle)?;
+        let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+        self.make_room(&id, resources).await;
         let oom_score = spec.process().as_ref().and_then(Process::oom_score_adj);
         let mut guest = guest_spec(spec, &id, Some(self.vmm_pid()), &mut self.memory_volumes())?;
         self.join_pod(&mut guest).await?;

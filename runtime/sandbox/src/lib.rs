@@ -25,6 +25,7 @@ mod disks;
 mod error;
 mod hooks;
 mod loopback;
+mod machine_memory;
 mod mounts;
 mod namespaces;
 mod netns;
@@ -56,7 +57,7 @@ pub use loopback::Loopback;
 pub use mounts::MountError;
 pub use network::NetworkError;
 pub use oci_spec::runtime as oci;
-pub use pod::{PodRequest, Role};
+pub use pod::{MemoryGrowth, PodRequest, Role};
 pub use sandbox::{GuestInfo, Sandbox, SandboxConfig};
 pub use settings::{
     Install, InstallError, LogSettings, NetworkSettings, SETTINGS_PATH, Settings, SettingsError,

@@ -27,10 +27,31 @@ pub struct PodRequest {
     pub vcpus: u8,
     /// Memory of the virtual machine.
     pub memory_mib: u32,
+    /// How it grows.
+    pub memory_growth: MemoryGrowth,
     /// Slots for block devices of the host.
     pub disk_slots: usize,
     /// The cgroup v2 directory of the pod, if the caller has one for it.
     pub cgroup: Option<PathBuf>,
+}
+
+/// How a virtual machine's memory follows the limits of its containers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MemoryGrowth {
+    /// Most that it may have, in MiB; no more than it starts with: it stays as it is.
+    pub max_mib: u32,
+    /// What its guest needs for itself, in MiB.
+    pub overhead_mib: u32,
+}
+
+impl MemoryGrowth {
+    fn of(settings: &VmSettings) -> Self {
+        let host = || host_memory_mib().min(MEMORY_MIB_MAX);
+        Self {
+            max_mib: settings.memory_max_mib.unwrap_or_else(host),
+            overhead_mib: settings.overhead_mib,
+        }
+    }
 }
 
 impl Role {
@@ -68,6 +89,7 @@ impl PodRequest {
         Ok(Self {
             vcpus: vcpus(spec, settings)?,
             memory_mib: memory_mib(spec, settings)?,
+            memory_growth: MemoryGrowth::of(settings),
             // What a pod's containers ask for, nobody knows yet.
             disk_slots: match is_pod {
                 true => settings.spare_disks.into(),
@@ -114,7 +136,8 @@ fn memory_mib(spec: &Spec, settings: &VmSettings) -> Result<u32, SpecError> {
         return Ok(match memory.and_then(LinuxMemory::limit) {
             Some(limit) if limit > 0 => {
                 let most = host_memory_mib().min(MEMORY_MIB_MAX).max(default);
-                with_overhead(limit, settings).map_or(most, |wanted| wanted.clamp(default, most))
+                let wanted = with_overhead(limit, settings.overhead_mib);
+                wanted.map_or(most, |wanted| wanted.clamp(default, most))
             }
             _ => default,
         });
@@ -122,7 +145,7 @@ fn memory_mib(spec: &Spec, settings: &VmSettings) -> Result<u32, SpecError> {
     let Some(limit) = number(spec, SANDBOX_MEMORY)?.filter(|limit| *limit > 0) else {
         return Ok(default);
     };
-    match with_overhead(limit, settings) {
+    match with_overhead(limit, settings.overhead_mib) {
         Some(wanted) if wanted <= MEMORY_MIB_MAX => Ok(wanted.max(MEMORY_MIB_MIN)),
         _ => Err(SpecError::Unsupported {
             what: format!("annotation {SANDBOX_MEMORY}: {limit} bytes"),
@@ -133,9 +156,9 @@ fn memory_mib(spec: &Spec, settings: &VmSettings) -> Result<u32, SpecError> {
 
 /// A positive limit in bytes, in MiB and with what the guest needs for itself; none if no number of MiB
 /// is as high.
-fn with_overhead(limit: i64, settings: &VmSettings) -> Option<u32> {
+pub(crate) fn with_overhead(limit: i64, overhead_mib: u32) -> Option<u32> {
     let limit = limit.unsigned_abs().div_ceil(MIB);
-    u32::try_from(limit.saturating_add(settings.overhead_mib.into())).ok()
+    u32::try_from(limit.saturating_add(overhead_mib.into())).ok()
 }
 
 /// The host's memory (sysinfo(2)).

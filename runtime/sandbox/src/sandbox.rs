@@ -17,6 +17,7 @@ use crate::changes::Teller;
 use crate::container::{Containers, SourcePorts};
 use crate::disks::Disks;
 use crate::error::{cap_text, describe};
+use crate::machine_memory::MachineMemory;
 use crate::netns::Netns;
 use crate::network::Devices;
 use crate::process::Identity;
@@ -25,7 +26,8 @@ use crate::timings::StartTimings;
 use crate::vmm::{BootFiles, Spawned, Vmm};
 use crate::volumes::MemoryVolumes;
 use crate::{
-    ChangesTold, CleanupError, Install, StartError, VmEnd, cgroup, cleanup, clock, network,
+    ChangesTold, CleanupError, Install, MemoryGrowth, StartError, VmEnd, cgroup, cleanup, clock,
+    network,
 };
 
 /// What to start.
@@ -43,6 +45,8 @@ pub struct SandboxConfig {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// How that follows the limits of containers.
+    pub memory_growth: MemoryGrowth,
     /// Added to the guest kernel's command line.
     pub cmdline_extra: String,
     /// The guest's hostname; empty: the guest's own.
@@ -76,6 +80,7 @@ pub struct Sandbox {
     pub(crate) monitor: Mutex<Option<Monitor>>,
     pub(crate) agent: Agent,
     pub(crate) disks: tokio::sync::Mutex<Disks>,
+    pub(crate) machine_memory: tokio::sync::Mutex<MachineMemory>,
     pub(crate) sources: SourcePorts,
     /// Read by all that mount something, so that the end can wait for them.
     pub(crate) creating: tokio::sync::RwLock<()>,
@@ -200,6 +205,10 @@ impl Sandbox {
             network: tokio::sync::Mutex::new(devices),
             agent,
             disks: tokio::sync::Mutex::new(Disks::new(config.disk_slots)),
+            machine_memory: tokio::sync::Mutex::new(MachineMemory::new(
+                config.memory_mib,
+                config.memory_growth,
+            )),
             sources: SourcePorts::default(),
             creating: tokio::sync::RwLock::default(),
             containers: Mutex::default(),
@@ -426,6 +435,7 @@ fn boot_config(
     Ok(BootConfig {
         vcpus: config.vcpus,
         memory_mib: config.memory_mib,
+        memory_max_mib: config.memory_growth.max_mib,
         cmdline_extra: config.cmdline_extra.clone(),
         shared_dir: text(&state.shared())?,
         cgroup_dir: cgroup.map(text).transpose()?.unwrap_or_default(),

@@ -51,6 +51,8 @@ pub struct VmSettings {
     pub memory_mib: u32,
     /// Added to a pod's own limit of memory, for the guest's kernel and agent, in MiB.
     pub overhead_mib: u32,
+    /// Most memory that a pod may grow to, in MiB; none: as much as the host has.
+    pub memory_max_mib: Option<u32>,
     /// Slots for block devices of the host in a pod whose containers are not known as it starts.
     pub spare_disks: u8,
     /// Guest kernel, instead of the installed one.
@@ -151,6 +153,7 @@ impl Default for VmSettings {
             vcpus: 1,
             memory_mib: 256,
             overhead_mib: 64,
+            memory_max_mib: None,
             spare_disks: 4,
             kernel: None,
             initrd: None,
@@ -230,6 +233,9 @@ impl Settings {
             0,
             MEMORY_MIB_MAX,
         )?;
+        if let Some(memory_max_mib) = settings.vm.memory_max_mib {
+            in_range("vm.memory_max_mib", memory_max_mib, 0, MEMORY_MIB_MAX)?;
+        }
         let most = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let spare = settings.vm.spare_disks.into();
         in_range("vm.spare_disks", spare, 0, most(DISKS_MAX))?;
@@ -307,6 +313,7 @@ mod tests {
             ("[vm]\nvcpus = 65\n", "vm.vcpus"),
             ("[vm]\nmemory_mib = 1\n", "vm.memory_mib"),
             ("[vm]\noverhead_mib = 99999999\n", "vm.overhead_mib"),
+            ("[vm]\nmemory_max_mib = 99999999\n", "vm.memory_max_mib"),
             ("[vm]\nspare_disks = 17\n", "vm.spare_disks"),
             (
                 "[network]\nspare_interfaces = 9\n",

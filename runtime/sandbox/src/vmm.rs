@@ -12,6 +12,7 @@ use std::{fs, io};
 use husk_protocol::STREAM_PORT;
 use husk_vmm_control::{
     Answer, BootConfig, BootTimes, Call, Channel, DiskConfig, ExitReason, PlugDisk, PlugNet,
+    ResizeMemory,
 };
 use rustix::process::Pid;
 use tokio::sync::{oneshot, watch};
@@ -295,6 +296,14 @@ impl Vmm {
             .map(drop)
     }
 
+    /// Has the guest take more memory, or give some back; waits until it has at least as much. The error
+    /// is a sentence for people.
+    pub(crate) async fn resize_memory(&self, memory_mib: u32) -> Result<(), String> {
+        let call = Call::ResizeMemory(ResizeMemory { memory_mib });
+        let resized = self.control.call(call, &[]);
+        answered_within(GROWTH_DEADLINE, resized).await.map(drop)
+    }
+
     /// How it ended, if it has.
     pub(crate) fn end(&self) -> Option<VmEnd> {
         self.ended.borrow().clone()
@@ -342,10 +351,17 @@ impl Vmm {
 
 /// What came of a call, in time; an error is a sentence for people.
 async fn answered<T>(call: impl Future<Output = Result<T, CallError>>) -> Result<T, String> {
-    match timeout(CALL_DEADLINE, call).await {
+    answered_within(CALL_DEADLINE, call).await
+}
+
+async fn answered_within<T>(
+    deadline: Duration,
+    call: impl Future<Output = Result<T, CallError>>,
+) -> Result<T, String> {
+    match timeout(deadline, call).await {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) => Err(cap_text(&describe(&error))),
-        Err(_) => Err(format!("no answer within {CALL_DEADLINE:?}")),
+        Err(_) => Err(format!("no answer within {deadline:?}")),
     }
 }
 
@@ -461,6 +477,8 @@ const KVM: &str = "/dev/kvm";
 const BUILD_DEADLINE: Duration = Duration::from_secs(60);
 /// For a call that a VMM answers at once, were it not for the host's load.
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
+/// For a guest to take more memory: it has blocks to set up, and itself makes room for their tables.
+const GROWTH_DEADLINE: Duration = Duration::from_secs(30);
 /// From a VMM's last message to its end.
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
 /// From SIGKILL to the end.

@@ -236,7 +236,8 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Changes a container's limits.
+    /// Changes a container's limits. A machine that has less memory than they come to takes more first;
+    /// one that has more gives some back afterwards, as far as it can.
     ///
     /// # Errors
     /// [`ContainerError`]
@@ -253,11 +254,13 @@ impl Sandbox {
         let mut request = messages::UpdateContainerRequest::new();
         container.clone_into(&mut request.container_id);
         request.resources_json = to_json(resources)?;
-        self.call("update container", |client| async move {
-            client.update_container(context(), &request).await
-        })
-        .await?;
-        Ok(())
+        let update = async {
+            let updated = self.call("update container", |client| async move {
+                client.update_container(context(), &request).await
+            });
+            updated.await.map(drop)
+        };
+        self.update_in_room(container, resources, update).await
     }
 
     /// The files of the container's cgroup that hold figures, by name.
@@ -348,6 +351,7 @@ impl Sandbox {
         }
         unless_gone(self.delete_in_guest(container).await)?;
         self.take_back_disks(container).await;
+        self.take_back_room(container).await;
         self.remove_from_host(container).await?;
         self.containers().remove(container);
         Ok(())
