@@ -63,6 +63,19 @@ impl Process {
         arguments.any(|argument| argument == word.as_bytes())
     }
 
+    /// Memory that is its own: what no file holds and no other process has a part in.
+    pub(crate) fn memory_bytes(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid);
+        let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        let mut lines = status.lines();
+        let figure = lines.find_map(|line| line.strip_prefix("RssAnon:"));
+        let kib = figure.and_then(|figure| figure.trim().strip_suffix(" kB"));
+        let kib: u64 = kib
+            .and_then(|kib| kib.parse().ok())
+            .with_context(|| format!("{path} has no RssAnon: {status}"))?;
+        Ok(kib.saturating_mul(1024))
+    }
+
     /// Sends SIGKILL and waits for the end.
     pub(crate) fn kill(&self) -> Result<()> {
         let Some(pidfd) = self.open()? else {

@@ -9,6 +9,7 @@ mod embedded;
 mod ends;
 mod faults;
 mod files;
+mod growth;
 mod hooks;
 mod limits;
 mod network;
@@ -170,6 +171,7 @@ pub(crate) const ALL: &[Scenario] = &[
     husk("agent_killed", |ctr| ends::agent_killed(ctr)).full(),
     both("spec_limits", |ctr| spec_limits::spec_limits(ctr)),
     both("limits_updated", |ctr| spec_limits::limits_updated(ctr)),
+    both("grown_by_update", |ctr| growth::grown_by_update(ctr)),
     both("spec_limits_refused", |ctr| {
         spec_limits::spec_limits_refused(ctr)
     }),
@@ -294,6 +296,7 @@ pub(crate) const ALL: &[Scenario] = &[
     })
     .full(),
     husk_pods("pods_machine_size", |ctr| pods::machine_size(ctr)),
+    both_pods("pods_grow", |ctr| growth::pod_grows(ctr)),
     husk_pods("pods_of_the_host", |ctr| pods::of_the_host(ctr)),
     both_pods("pods_without_containerd", |ctr| {
         pods::without_containerd(ctr)
