@@ -5,6 +5,9 @@ use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 
 use super::*;
 
+/// For an exit that is due.
+const DEADLINE: Duration = Duration::from_secs(20);
+
 /// The pod of the fixture's shim.
 const POD: &str = "p1";
 
@@ -27,6 +30,12 @@ async fn started() -> Fixture {
     let fixture = created().await;
     fixture.service.start_sandbox(POD).await.unwrap();
     fixture
+}
+
+/// The pod's exit, which is due.
+async fn ended(fixture: &Fixture) -> Exit {
+    let exit = fixture.service.wait_sandbox(POD);
+    tokio::time::timeout(DEADLINE, exit).await.unwrap().unwrap()
 }
 
 fn state(fixture: &Fixture) -> String {
@@ -116,7 +125,7 @@ async fn each_step_of_its_life_is_made_once() {
 
     service.stop_sandbox(POD).await.unwrap();
     service.stop_sandbox(POD).await.unwrap();
-    let exit = service.wait_sandbox(POD).await.unwrap();
+    let exit = ended(&fixture).await;
     let status = service.sandbox_status(POD, false).unwrap();
     assert_eq!((status.state(), status.pid()), ("SANDBOX_NOTREADY", 0));
     assert_eq!(*status.exited_at(), timestamp(exit.at));
@@ -174,7 +183,7 @@ async fn end_of_the_machine_is_its_end() {
     let fixture = started().await;
     let service = &fixture.service;
     service.pod().unwrap().shutdown().await;
-    assert_eq!(service.wait_sandbox(POD).await.unwrap().status, 137);
+    assert_eq!(ended(&fixture).await.status, 137);
     assert_eq!(state(&fixture), "SANDBOX_NOTREADY");
     assert_eq!(
         code(service.sandbox_metrics(POD).await),
@@ -194,7 +203,7 @@ async fn failed_start_is_its_end() {
     fixture.service.create_sandbox(&request).await.unwrap();
     let service = &fixture.service;
     assert_eq!(code(service.start_sandbox(POD).await), Code::INTERNAL);
-    assert_eq!(service.wait_sandbox(POD).await.unwrap().status, 137);
+    assert_eq!(ended(&fixture).await.status, 137);
     assert_eq!(state(&fixture), "SANDBOX_NOTREADY");
     service.shutdown_sandbox(POD).await.unwrap();
     service.ended().await;

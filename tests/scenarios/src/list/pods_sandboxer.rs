@@ -115,13 +115,15 @@ fn is_ready(kubelet: &Kubelet, pod: &Pod, expected: bool) -> Result<()> {
 fn killed(kubelet: &mut Kubelet, victim: &str) -> Result<()> {
     let config = pod(&kubelet.name);
     kubelet.with_pod_of(HANDLER, config, |kubelet, pod| {
-        kubelet.start(pod, container("a", &["sleep", "1000"]))?;
+        let id = kubelet.start(pod, container("a", &["sleep", "1000"]))?;
         let processes = host::Process::all()?;
         let process = processes.iter().find(|process| process.is(victim));
         process.context("nobody to kill")?.kill()?;
-        kubelet.pod_stopped(&pod.id)?;
-        if victim != "husk-vmm" {
+        if victim == "husk-vmm" {
+            kubelet.pod_stopped(&pod.id)?;
+        } else {
             // containerd asks a dead shim, and tells the kubelet what came of it, until it has buried it.
+            ensure!(kubelet.stopped(&id)? != 0, "the container is well");
             let deadline = Instant::now() + BURIAL_DEADLINE;
             let bundle = Path::new(BUNDLES).join(&pod.id);
             let is_buried = host::path_becomes(&bundle, false, deadline)?;
