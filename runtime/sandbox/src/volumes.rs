@@ -189,7 +189,7 @@ mod tests {
             let (found, inside) = volumes.find(&place).unwrap();
 
             assert_eq!(inside, Path::new("a b/c"));
-            assert_eq!((found.id, found.size_bytes), (0, 1 << 20));
+            assert_eq!((found.id, found.size_bytes), (1, 1 << 20));
             let (whole, inside) = volumes.find(&volume).unwrap();
             assert_eq!((whole, inside.as_os_str().len()), (found, 0));
             assert!(volumes.find(&disk).is_none());

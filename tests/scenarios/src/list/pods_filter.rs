@@ -103,7 +103,8 @@ pub(super) fn packet_filter(ctr: &Ctr) -> Result<()> {
         )?;
         kubelet.shell(
             &admin,
-            "ln -s usr/lib usr/lib64 / && mkdir -p /run && test -e /lib64/ld-linux-x86-64.so.2",
+            "ln -s host/lib host/lib64 / && ln -s /host/lib /usr/lib && rmdir /usr/sbin
+                ln -s /host/sbin /usr/sbin && mkdir -p /run && nft --version",
         )?;
         let address = kubelet.addresses(pod)?[0];
         serves(address, HIDDEN)?;
@@ -120,7 +121,7 @@ pub(super) fn packet_filter(ctr: &Ctr) -> Result<()> {
 /// The one with Debian's programs and the right to use them.
 fn admin() -> ContainerConfig {
     let mut config = container("admin", &["sleep", "10000"]);
-    config.mounts = vec![mount("/usr", Path::new("/usr"), true)];
+    config.mounts = vec![mount("/host", Path::new("/usr"), true)];
     let linux = config.linux.mut_or_insert_default();
     let security = linux.security_context.mut_or_insert_default();
     let capabilities = security.capabilities.mut_or_insert_default();
